@@ -1,0 +1,123 @@
+"""Prompt sets: bundled, from a file, or from a Hugging Face dataset; split by act, so that no act crosses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from patcher.records import UsageError
+
+Kind = Literal["harmful", "benign", "borderline"]
+Split = Literal["implant", "repair", "validation", "held-out"]
+SPLITS: tuple[Split, ...] = ("implant", "repair", "validation", "held-out")
+_SHARE: tuple[tuple[Split, float], ...] = (("repair", 0.35), ("validation", 0.5), ("held-out", 1.0))
+"""Cumulated shares of a user's own set; nothing of it is for implanting."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt, the act (or topic) it is about, and the split that act is in."""
+
+    text: str
+    act: str
+    category: str
+    split: Split
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The three kinds of prompts a repair and its audit need."""
+
+    harmful: tuple[PromptRow, ...]
+    benign: tuple[PromptRow, ...]
+    borderline: tuple[PromptRow, ...]
+
+    def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
+        """Prompts of one kind and split, spread evenly over it when limited."""
+        rows = [row.text for row in getattr(self, kind) if row.split == split]
+        if limit is None or limit >= len(rows):
+            return rows
+        return [rows[index * len(rows) // limit] for index in range(limit)]
+
+    def hidden_from_repair(self) -> Prompts:
+        """What a defense may see: the repair and validation splits, nothing else."""
+        seen = ("repair", "validation")
+        harmful, benign, borderline = (
+            tuple(row for row in rows if row.split in seen) for rows in (self.harmful, self.benign, self.borderline)
+        )
+        return Prompts(harmful, benign, borderline)
+
+
+@cache
+def bundled(kind: Kind) -> tuple[PromptRow, ...]:
+    """The project's own prompts of one kind."""
+    text = resources.files("patcher").joinpath("data", f"{kind}.jsonl").read_text(encoding="utf-8")
+    return tuple(PromptRow(**json.loads(line)) for line in text.splitlines())
+
+
+def load_prompts(harmful: str | None = None, benign: str | None = None) -> Prompts:
+    """The bundled prompts, or the user's own in place of the harmful or benign ones.
+
+    A source is a file (.txt: a prompt a line; .jsonl: objects with `text`, `prompt` or `instruction`, optionally `act`)
+    or a Hugging Face dataset as `name[:split[:column]]` (needs the package `datasets`).
+    """
+    return Prompts(
+        harmful=_own(harmful) if harmful else bundled("harmful"),
+        benign=_own(benign) if benign else bundled("benign"),
+        borderline=bundled("borderline"),
+    )
+
+
+def _own(source: str) -> tuple[PromptRow, ...]:
+    path = Path(source)
+    pairs = _read_file(path) if path.exists() else _read_dataset(source)
+    rows = tuple(PromptRow(text, act, "own", _split_of(act)) for text, act in pairs if text.strip())
+    for split in ("repair", "validation", "held-out"):
+        if sum(row.split == split for row in rows) < 8:
+            raise UsageError(f"{source} gives fewer than 8 prompts for the {split} split: give at least 100 prompts")
+    return rows
+
+
+def _read_file(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.suffix == ".txt":
+            return [(line, line) for line in lines]
+        return [_pair(json.loads(line), path) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read prompts from {path}: {error}; expected .txt or .jsonl in UTF-8") from error
+
+
+def _pair(row: object, path: Path) -> tuple[str, str]:
+    if isinstance(row, dict):
+        for key in ("text", "prompt", "instruction"):
+            if isinstance(row.get(key), str):
+                return row[key], str(row.get("act", row[key]))
+    raise UsageError(f"{path}: expected objects with a 'text', 'prompt' or 'instruction', got {str(row)[:80]}")
+
+
+def _read_dataset(source: str) -> list[tuple[str, str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UsageError(
+            f"{source} is no file here, and reading a Hugging Face dataset needs `pip install datasets`"
+        ) from None
+    name, *rest = source.split(":")
+    split, column = (*rest, *("train", "prompt")[len(rest) :])[:2]
+    try:
+        rows = load_dataset(name, split=split)
+        return [(str(text), str(text)) for text in rows[column]]
+    except Exception as error:  # the hub client raises many classes; all mean the same to the user
+        raise UsageError(f"cannot read column {column!r}, split {split!r} of dataset {name!r}: {error}") from error
+
+
+def _split_of(act: str) -> Split:
+    """The same act always lands in the same split, whatever else the set holds."""
+    point = int(hashlib.sha256(act.encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+    return next(split for split, upto in _SHARE if point <= upto)
