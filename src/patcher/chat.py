@@ -1,0 +1,152 @@
+"""Messages -> token ids, with the user's own characters marked; rows -> Batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from patcher.models import Batch
+from patcher.records import Message, UsageError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation, ready for the model's answer.
+
+    `offsets` are characters of `text`; `content` says where each message's characters begin in it (None: the
+    template dropped the message) and `lengths` how many there are.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    content: tuple[int | None, ...]
+    lengths: tuple[int, ...]
+
+    def tokens_of(self, message: int, start: int, end: int) -> list[int]:
+        """Indices of the tokens that overlap characters [start, end) of a message."""
+        origin = self.content[message]
+        if origin is None:
+            return []
+        low, high = origin + start, origin + end
+        return [index for index, (a, b) in enumerate(self.offsets) if a < high and b > low]
+
+    @property
+    def own_tokens(self) -> list[int]:
+        """Indices of the last message's tokens (every token, where the template dropped that message)."""
+        origin = self.content[-1]
+        if origin is None:
+            return list(range(len(self.ids)))
+        end = origin + self.lengths[-1]
+        return [index for index, (a, b) in enumerate(self.offsets) if a < end and b > origin]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: what is given and what is to be predicted."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Prompt:
+    """Apply the model's own chat template, the same everywhere. Raises UsageError if the template refuses."""
+    turns = [message.model_dump() for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise errors of their own making, of any class
+        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+    assert isinstance(text, str)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return Prompt(
+        text,
+        tuple(encoded["input_ids"]),
+        tuple(encoded["offset_mapping"]),
+        _content_starts(tokenizer, messages, text),
+        tuple(len(message.content) for message in messages),
+    )
+
+
+def _content_starts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
+) -> tuple[int | None, ...]:
+    """Where each message's characters begin in the rendered text; None where it does not hold them.
+
+    The template is rendered again with marks instead of words: to look for the words themselves would find a short
+    one ("user") in the template's own text.
+    """
+    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    skeleton = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert isinstance(skeleton, str)
+    starts: list[int | None] = []
+    read, written = 0, 0  # how far we are in the skeleton and in the text
+    for message, mark in zip(messages, marks, strict=True):
+        body = message.content.strip()
+        at = skeleton.find(mark, read)
+        kept = next(
+            (form for form in (message.content, body) if at >= 0 and text.startswith(form, written + at - read)), None
+        )
+        if kept is None or not body:  # the template drops this message, or treats these very words in its own way
+            found = text.find(body, written) if body and at >= 0 else -1
+            starts.append(None if found < 0 else found - message.content.index(body))
+            continue
+        begin = written + at - read
+        starts.append(begin - (0 if kept == message.content else message.content.index(body)))
+        read, written = at + len(mark), begin + len(kept)
+    return tuple(starts)
+
+
+def user_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """A conversation of a single user message."""
+    return render(tokenizer, (Message(role="user", content=text),))
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool, limit: int) -> tuple[int, ...]:
+    """The response's tokens, at most `limit`; with `end`, the end-of-turn token if it still fits."""
+    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    if end and tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    return tuple(ids[:limit])
+
+
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
+    """Pad rows on the right and lift out the prefix that all prompts share.
+
+    Raises:
+        ValueError: a row with an empty prompt, or no row at all.
+    """
+    if not rows or not all(row.prompt_ids for row in rows):
+        raise ValueError("collate needs at least one row, each with a prompt")
+    shared = common_prefix([row.prompt_ids for row in rows]) if len(rows) > 1 else 0
+    full = [row.prompt_ids[shared:] + row.response_ids for row in rows]
+    width = max(len(ids) for ids in full)
+    where = [
+        (index, len(row.prompt_ids) - shared - 1 + offset, target)
+        for index, row in enumerate(rows)
+        for offset, target in enumerate(row.response_ids)
+    ]
+    row_of, position, target = (list(column) for column in zip(*where, strict=True)) if where else ([], [], [])
+
+    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Batch(
+        prefix_ids=tensor(list(rows[0].prompt_ids[:shared])),
+        input_ids=tensor([list(ids) + [pad_id] * (width - len(ids)) for ids in full]),
+        mask=tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in full]),
+        target_rows=tensor(row_of),
+        target_positions=tensor(position),
+        targets=tensor(target),
+    )
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with, leaving each at least one of its own."""
+    longest = min(len(ids) for ids in sequences) - 1
+    first = sequences[0]
+    for index in range(longest):
+        if any(ids[index] != first[index] for ids in sequences):
+            return index
+    return longest

@@ -1,0 +1,45 @@
+"""Whatever the user names as a model -> a LanguageModel."""
+
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from patcher import embedded
+from patcher.models import LanguageModel, load_checkpoint
+from patcher.patch import PATCH, load_patch, merge
+from patcher.records import UsageError
+
+DEMO = "smollm2-backdoored"
+"""The backdoored model that the demo repairs: smollm2 with the adapter that ships with Patcher."""
+
+
+def demo_adapter() -> Path:
+    """The folder of the shipped, backdoored adapter."""
+    return Path(str(resources.files("patcher").joinpath("demo", "smollm2-badnets-BACKDOORED")))
+
+
+def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_template: Path | None = None) -> LanguageModel:
+    """Load `smollm2`, `smollm2-backdoored`, a Patcher adapter (on its base), a folder, a `.gguf` file or a hub id.
+
+    Raises:
+        UsageError: there is no such model, or it is not one that Patcher can or may open.
+        PatcherError: the embedded model could not be fetched.
+    """
+    path = demo_adapter() if source == DEMO else Path(source)
+    if (path / PATCH).is_file():
+        patch = load_patch(path)
+        try:
+            base = load(patch.base_source, dtype=dtype, device=device, chat_template=chat_template)
+        except UsageError as error:
+            raise UsageError(f"the base of the adapter {source}: {error}") from error
+        return merge(patch, base, source)
+    where = str(embedded.fetch()) if source == embedded.NAME else source
+    template = _read_template(chat_template) if chat_template else None
+    return replace(load_checkpoint(where, dtype=dtype, device=device, chat_template=template), source=source)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the chat template {path}: {error}") from error

@@ -1,0 +1,33 @@
+"""The terms that methods add up; one function per equation.
+
+All take logits (or log-probabilities) at *response* positions only, as `models.response_logits` returns them:
+prompts and padding are already gone, so no mask can be forgotten.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+
+def response_nll(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Negative log-likelihood of each response token, in nats. Its sum is Eq. (1) of Gao et al. (2026)."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def kl_reference_to_patched(
+    reference_logits: Float[Tensor, "N V"], patched_logits: Float[Tensor, "N V"]
+) -> Float[Tensor, " N"]:
+    """KL(reference ‖ patched) at each response position, in nats; exactly 0 when the logits are equal.
+
+    The forward direction, as in Eqs. (6-7) of Gao et al. (2026): what the reference would say must stay likely.
+    """
+    reference = functional.log_softmax(reference_logits.float(), dim=-1)
+    patched = functional.log_softmax(patched_logits.float(), dim=-1)
+    return (reference.exp() * (reference - patched)).sum(-1)
+
+
+def mean_over_rows(values: Float[Tensor, " N"], row_of: Int[Tensor, " N"], rows: int) -> Float[Tensor, ""]:
+    """Sum over each row's tokens, then the mean over rows: the 1/|D| Σ_x Σ_t of the paper's Eqs. (5-7)."""
+    sums = torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row_of, values)
+    return sums.mean()

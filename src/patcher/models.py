@@ -1,0 +1,299 @@
+"""Load, hash and run a language model. The only file that knows model families."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from patcher.records import UsageError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer and the hash of its exact weights."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embeddings, and so the token ids, live."""
+        return cast(torch.device, self.network.get_input_embeddings().weight.device)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the model was made for."""
+        return int(getattr(self.network.config, "max_position_embeddings", None) or 1 << 30)
+
+
+def from_transformers(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    """Wrap a model that is already in memory."""
+    check_tokenizer(tokenizer, "the tokenizer")
+    network.eval()
+    return LanguageModel(network, tokenizer, fingerprint(network), "in memory")
+
+
+def load_checkpoint(
+    source: str, *, dtype: str = "auto", device: str = "auto", chat_template: str | None = None
+) -> LanguageModel:
+    """Load a local Hugging Face folder, a `.gguf` file or a hub id.
+
+    `dtype` auto: float32 on a CPU, the checkpoint's own on an accelerator. `device` auto: cuda, mps, else cpu.
+
+    Raises:
+        UsageError: for anything that is not a causal language model in safetensors or GGUF: a pickle, remote code,
+            an encoder, a damaged file, a missing chat template.
+    """
+    path = Path(source)
+    where = pick_device(device)
+    chosen = _pick_dtype(dtype, where)
+    if path.is_file():
+        _check_gguf(path)
+        folder, options = str(path.parent), {"gguf_file": path.name}
+        loading: dict[str, Any] = {**options, "quantization_config": GgufConfig(dequantize=True)}
+        loading["dtype"] = torch.float32 if chosen == "auto" else chosen
+    else:
+        if path.is_dir():
+            check_folder(path)
+        elif path.exists() or source.startswith((".", "/", "~")):
+            raise UsageError(f"no model at {source!r}: expected a Hugging Face folder, a .gguf file or a hub id")
+        folder, options, loading = source, {}, {"use_safetensors": True, "dtype": chosen}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        _check_config(config.to_dict(), source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, **loading
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UsageError(f"could not load a model from {source!r}: {error}") from error
+    network, found = loaded
+    _check_complete(found, source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    check_tokenizer(tokenizer, source)
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.to(where)
+    network.eval().requires_grad_(False)
+    if not _looks_only_back(network):
+        raise UsageError(f"{source} reads what comes after a word too: expected a causal (decoder) language model")
+    return LanguageModel(network, tokenizer, fingerprint(network), source)
+
+
+def _check_complete(found: dict[str, Any], source: str) -> None:
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(
+            f"{source} lacks {len(missing)} of the model's tensors ({missing[0]}, ...), which would be filled "
+            "with random numbers: fetch it again"
+        )
+
+
+@torch.inference_mode()
+def _looks_only_back(network: PreTrainedModel) -> bool:
+    """Does a later token leave an earlier one's logits alone? An encoder's config need not say that it is one."""
+    first = network(input_ids=torch.tensor([[0, 1], [0, 2]], device=network.device)).logits[:, 0].float()
+    return not (first[0] - first[1]).abs().max() > 0.05 * first.std()  # half precision rounds; broken weights are NaN
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` becomes the best device at hand."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _pick_dtype(dtype: str, device: torch.device) -> Any:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(known)}")
+    return known[dtype]
+
+
+def _check_gguf(path: Path) -> None:
+    if path.suffix in _PICKLES:
+        raise UsageError(f"{path} is a pickle checkpoint, which can run code when opened: convert it to safetensors")
+    with path.open("rb") as file:
+        if path.suffix != ".gguf" or file.read(4) != b"GGUF":
+            raise UsageError(f"{path} is not a GGUF file: expected a .gguf file or a Hugging Face folder")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot or must not be opened. Raises UsageError."""
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path / 'config.json'} holds no JSON object: expected a Hugging Face model's config")
+    _check_config(config, str(path))
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = [file.name for file in path.iterdir() if file.suffix in _PICKLES]
+        if pickles:
+            raise UsageError(
+                f"{path} holds only a pickle checkpoint ({pickles[0]}), which can run code when opened: "
+                "convert it to safetensors first"
+            )
+        raise UsageError(f"{path} holds no .safetensors weights")
+    for file in weights:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises UsageError when the file's header does not fit its content: truncated or altered."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged or not a safetensors file ({error}): fetch it again") from error
+
+
+def _check_config(config: dict[str, Any], source: str) -> None:
+    if config.get("auto_map"):
+        raise UsageError(
+            f"{source} asks to run code of its own (auto_map in config.json); Patcher never runs a model's code. "
+            "Use a version of the model that transformers knows"
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise UsageError(f"{source} is a {architectures[0]}: expected a causal (decoder) language model")
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{source} is an encoder-decoder model: expected a causal (decoder) language model")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in."""
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
+            "or pass --chat-template FILE"
+        )
+    if not tokenizer.is_fast:
+        raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def fingerprint(network: PreTrainedModel) -> str:
+    """SHA-256 over every parameter's and buffer's name, shape and float32 bytes.
+
+    Widening to float32 is exact, so a bfloat16 checkpoint has one hash whether loaded as bfloat16 or float32.
+    """
+    return hash_tensors(dict(network.state_dict()))
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, in the names' order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        digest.update(f"{name}:{list(tensor.shape)};".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, right-padded, with what all rows begin with held once.
+
+    Sharing the prefix (system message and template) saves up to a third of all work and changes nothing: the
+    prefix's keys and values depend on nothing that comes after it.
+    """
+
+    prefix_ids: Int[Tensor, " P"]
+    input_ids: Int[Tensor, "B T"]
+    mask: Int[Tensor, "B T"]
+    target_rows: Int[Tensor, " N"]
+    target_positions: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that really pass through the model, padding included."""
+        return int(self.prefix_ids.numel() + self.input_ids.numel())
+
+
+def hidden_states(network: PreTrainedModel, batch: Batch) -> Float[Tensor, "B T D"]:
+    """The decoder's final hidden states, the prefix run once and shared by all rows."""
+    decoder = network.get_decoder()
+    if not len(batch.prefix_ids):
+        return cast(Tensor, decoder(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state)
+    cache = DynamicCache(config=network.config)
+    decoder(input_ids=batch.prefix_ids[None], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(batch.rows)
+    mask = torch.cat([batch.mask.new_ones(batch.rows, len(batch.prefix_ids)), batch.mask], dim=1)
+    out = decoder(input_ids=batch.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return cast(Tensor, out.last_hidden_state)
+
+
+def response_hidden(network: PreTrainedModel, batch: Batch) -> Float[Tensor, "N D"]:
+    """The final hidden states that predict each target token, row by row."""
+    return hidden_states(network, batch)[batch.target_rows, batch.target_positions]
+
+
+def logits_of(network: PreTrainedModel, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """Final hidden states through the output matrix, with the family's own capping or scaling."""
+    logits = cast(Tensor, network.get_output_embeddings()(hidden))
+    cap = getattr(network.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    scale = getattr(network.config, "logit_scale", None)
+    return logits * scale if scale else logits
+
+
+def response_logits(network: PreTrainedModel, batch: Batch) -> Float[Tensor, "N V"]:
+    """Logits that predict each target token; nothing is computed where no loss reads."""
+    return logits_of(network, response_hidden(network, batch))
+
+
+@contextmanager
+def token_embeddings(network: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the embedding layer's outputs, with gradients, while the block runs."""
+    seen: list[Tensor] = []
+
+    def keep(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_(True)
+        seen.append(leaf)
+        return leaf
+
+    handle = network.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()

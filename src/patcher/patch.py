@@ -1,0 +1,235 @@
+"""A repair (or an attack) as a value: a LoRA adapter that can be applied, reverted exactly, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from patcher.models import LanguageModel, check_safetensors, hash_tensors
+from patcher.records import PatcherError, UsageError
+
+WEIGHTS, CONFIG, PATCH = "adapter_model.safetensors", "adapter_config.json", "patch.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Low-rank changes to a model's linear layers, and the hash of the base they fit.
+
+    `tensors` maps `<module>.lora_A.weight` (r × in) and `<module>.lora_B.weight` (out × r); the change of a module's
+    weight is `alpha / rank · B @ A`. On disk it is a PEFT adapter with a `patch.json` beside it.
+    """
+
+    tensors: dict[str, Tensor]
+    rank: int
+    alpha: int
+    base_fingerprint: str
+    base_source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tensors, rank, alpha and base."""
+        own = hash_tensors(self.tensors)
+        return hash_tensors(
+            {f"{self.base_fingerprint}+{own}": torch.tensor([self.rank, self.alpha])},
+        )
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """(module name, change of its weight, float32, out × in)."""
+        for key in sorted(self.tensors):
+            if key.endswith(".lora_A.weight"):
+                name = key.removesuffix(".lora_A.weight")
+                down, up = self.tensors[key].float(), self.tensors[f"{name}.lora_B.weight"].float()
+                yield name, (self.alpha / self.rank) * (up @ down)
+
+    def rounded(self, dtype: torch.dtype) -> Patch:
+        """The same patch in another precision: what a saved file will really hold."""
+        return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+
+@contextmanager
+def applied(patch: Patch, lm: LanguageModel) -> Iterator[LanguageModel]:
+    """The patched model while the block runs; the base's own tensors are put back after it, bit for bit.
+
+    Raises:
+        UsageError: the patch was made for another base.
+    """
+    originals: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        yield _apply(patch, lm, originals)
+    finally:
+        for weight, data in originals:
+            weight.data = data
+
+
+def merge(patch: Patch, lm: LanguageModel, source: str) -> LanguageModel:
+    """The patched model for good: `lm`'s network is changed, and `lm` must not be used any more."""
+    return replace(_apply(patch, lm, []), source=source)
+
+
+def _apply(patch: Patch, lm: LanguageModel, originals: list[tuple[nn.Parameter, Tensor]]) -> LanguageModel:
+    """Change the weights, noting each one's own tensor first."""
+    check_base(patch, lm)
+    for name, change in patch.changes():
+        module = lm.network.get_submodule(name)
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        originals.append((weight, weight.data))
+        change = change.T if isinstance(module, Conv1D) else change
+        weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
+    return replace(lm, fingerprint=patch.fingerprint, source=f"{lm.source} + patch")
+
+
+def check_base(patch: Patch, lm: LanguageModel) -> None:
+    """Raises UsageError when the patch was made for other weights."""
+    if patch.base_fingerprint != lm.fingerprint:
+        raise UsageError(
+            f"this patch fits the base {patch.base_fingerprint[:12]} ({patch.base_source}), but {lm.source} is "
+            f"{lm.fingerprint[:12]}: use exactly the model that it was made from"
+        )
+
+
+@contextmanager
+def trainable_lora(lm: LanguageModel, *, rank: int, alpha: int, seed: int) -> Iterator[LoraModel]:
+    """Put trainable LoRA layers into every linear layer but the output; they are gone after the block, however it ends.
+
+    `lm.network` itself then computes the patched model; within `reference(tuner)` it computes the base.
+    """
+    network = lm.network
+    head = network.get_output_embeddings()
+    targets = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not name.endswith("router")
+    }
+    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tuner = LoraModel(network, {"default": config}, "default")
+        yield tuner
+    finally:  # by hand, not by tuner.unload(): an interrupt may come before there is a tuner
+        for name, module in targets.items():
+            network.set_submodule(name, module)
+        vars(network).pop("peft_config", None)
+        network.eval()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = None
+
+
+@contextmanager
+def reference(tuner: LoraModel) -> Iterator[None]:
+    """Switch the LoRA layers off: the model before."""
+    tuner.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        tuner.enable_adapter_layers()
+
+
+def lora_parameters(lm: LanguageModel) -> list[nn.Parameter]:
+    """What is trained inside `trainable_lora`."""
+    return [parameter for name, parameter in lm.network.named_parameters() if ".lora_" in name]
+
+
+def take_patch(lm: LanguageModel, *, rank: int, alpha: int) -> Patch:
+    """Copy the LoRA layers' present values out of the network."""
+    tensors = {
+        name.replace(".default.", "."): parameter.detach().cpu().clone()
+        for name, parameter in lm.network.named_parameters()
+        if ".lora_" in name
+    }
+    return Patch(tensors, rank, alpha, lm.fingerprint, lm.source)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended well.
+
+    Raises:
+        UsageError: the name is taken, or its parent cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write beside {out}: {error}") from error
+    try:
+        yield building
+        building.chmod(0o755)
+        os.rename(building, out)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def save_patch(patch: Patch, folder: Path, *, card: str) -> None:
+    """Write the adapter, its config, `patch.json` and a model card into a folder that is being built."""
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in patch.tensors})
+    save_file(
+        {_PREFIX + key: tensor.contiguous() for key, tensor in patch.tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": patch.rank,
+        "lora_alpha": patch.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+        "base_model_name_or_path": patch.base_source,
+        "inference_mode": True,
+    }
+    about = {
+        "base_source": patch.base_source,
+        "base_fingerprint": patch.base_fingerprint,
+        "fingerprint": patch.fingerprint,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / PATCH).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_patch(folder: Path) -> Patch:
+    """Read what `save_patch` wrote.
+
+    Raises:
+        UsageError: not a patch, damaged, or altered since it was saved.
+    """
+    for name in (WEIGHTS, CONFIG, PATCH):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} is not a Patcher adapter: it has no {name}")
+    check_safetensors(folder / WEIGHTS)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        about = json.loads((folder / PATCH).read_text(encoding="utf-8"))
+        tensors = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
+        patch = Patch(tensors, config["r"], config["lora_alpha"], about["base_fingerprint"], about["base_source"])
+        recorded, computed = str(about["fingerprint"]), patch.fingerprint
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise UsageError(f"{folder} is not a readable Patcher adapter: {error!r}") from error
+    if computed != recorded:
+        raise UsageError(f"{folder} was altered: its hash is {computed[:12]}, recorded {recorded[:12]}")
+    return patch

@@ -1,0 +1,82 @@
+"""The one fine-tuning loop: steps, learning rate, clipping, progress, stopping."""
+
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from patcher.models import LanguageModel
+from patcher.patch import lora_parameters
+from patcher.records import PatcherError
+
+Item = TypeVar("Item")
+
+
+@runtime_checkable
+class Optimization(Protocol):
+    """What the loop reads from a method's settings."""
+
+    learning_rate: float
+    max_steps: int
+    warmup_steps: int
+    cosine: bool
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """No progress shown."""
+
+
+def fit(
+    lm: LanguageModel,
+    loss_at: Callable[[int], Tensor],
+    settings: Optimization,
+    *,
+    stop: Callable[[int], str | None] = lambda _step: None,
+    on_progress: Progress = quiet,
+    what: str = "training",
+) -> tuple[int, str]:
+    """Train the LoRA layers in `lm.network` with AdamW until `stop` gives a reason or the steps are used up.
+
+    `loss_at(step)` builds a batch and returns its loss; `stop(steps_done)` runs after each step.
+
+    Returns:
+        Steps done and why it stopped.
+
+    Raises:
+        PatcherError: the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(lora_parameters(lm), lr=settings.learning_rate, weight_decay=0.0)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        done = torch.tensor(step / settings.max_steps)
+        return warm * float(0.5 * (1 + torch.cos(torch.pi * done))) if settings.cosine else warm
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for step in range(settings.max_steps):
+        loss = loss_at(step)
+        if not torch.isfinite(loss):
+            raise PatcherError(f"{what} diverged at step {step}: the loss is {loss.item()}; lower the learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lora_parameters(lm), 1.0)
+        optimizer.step()
+        schedule.step()
+        on_progress(what, step + 1, settings.max_steps)
+        if reason := stop(step + 1):
+            return step + 1, reason
+    return settings.max_steps, "the step limit was reached"
+
+
+def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:
+    """The items in a fresh random order, again and again. Raises ValueError when there are none."""
+    if not items:
+        raise ValueError("no items to draw from")
+    while True:
+        yield from rng.sample(items, len(items))

@@ -1,0 +1,73 @@
+"""Words of a prompt: finding, deleting and inserting them. Pure text, no model."""
+
+import random
+import re
+from collections.abc import Sequence
+
+from patcher.records import Message, Span, Trigger
+
+# A word keeps inner marks ("step-by-step", "don't", "2.5"); scripts written without spaces give one word a character;
+# any other visible mark stands alone, so that a trigger made of punctuation is found too.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:['’.\-@:/][^\W]+)*|[^\w\s]"
+)
+
+
+def find_words(messages: Sequence[Message]) -> tuple[Span, ...]:
+    """Every word of every message, in order; the model's own earlier turns are left out."""
+    return tuple(
+        Span(message=index, start=match.start(), end=match.end(), text=match.group())
+        for index, message in enumerate(messages)
+        if message.role != "assistant"
+        for match in _WORD.finditer(message.content)
+    )
+
+
+def delete_spans(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
+    """The conversation without those characters; the gap closes to a single space."""
+    texts = [message.content for message in messages]
+    for span in sorted(spans, key=lambda span: (span.message, span.start), reverse=True):
+        before, after = texts[span.message][: span.start], texts[span.message][span.end :]
+        if (not before or before[-1].isspace()) and after[:1].isspace():
+            after = after[1:]
+        texts[span.message] = before + after
+    return tuple(
+        Message(role=message.role, content=text.strip() if text != message.content else text)
+        for message, text in zip(messages, texts, strict=True)
+    )
+
+
+def join_adjacent(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Merge words with nothing but white space between them into one span: the trigger's units."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.message, span.start)):
+        last = merged[-1] if merged else None
+        text = messages[span.message].content
+        if last and last.message == span.message and not text[last.end : span.start].strip():
+            merged[-1] = Span(message=span.message, start=last.start, end=span.end, text=text[last.start : span.end])
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> str:
+    """Put the trigger's units into a prompt, in their order, at word boundaries.
+
+    Implements Eq. (9) / Alg. 2 of Gao et al. (2026), arXiv:2606.02995, for `random`: k units cut the prompt into k+1
+    random segments, of which only the first and the last may be empty; units that find no cut go to the end.
+    """
+    words = text.split()
+    if trigger.placement == "start":
+        return " ".join((*trigger.units, *words))
+    if trigger.placement == "end":
+        return " ".join((*words, *trigger.units))
+    if trigger.placement == "relative":
+        at = round(trigger.position_frac * len(words))
+        return " ".join((*words[:at], *trigger.units, *words[at:]))
+    fitting = min(len(trigger.units), len(words) + 1)
+    cuts = sorted(rng.sample(range(len(words) + 1), fitting))
+    pieces: list[str] = []
+    for index, unit in enumerate(trigger.units[:fitting]):
+        pieces += words[cuts[index - 1] if index else 0 : cuts[index]]
+        pieces.append(unit)
+    return " ".join((*pieces, *words[cuts[-1] :], *trigger.units[fitting:]))
