@@ -1,0 +1,228 @@
+"""The report: one HTML file that needs nothing else, runs nothing and asks nothing of any network.
+
+Three walls against the hostile text in it. Every value that the template prints goes through `visible`; it is then
+escaped; and the page's own Content-Security-Policy allows one style sheet, known by its hash, and nothing else.
+"""
+
+import base64
+import hashlib
+import shlex
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from patcher.records import (
+    OUTCOMES,
+    Answer,
+    Audit,
+    Candidate,
+    FailureReport,
+    Gate,
+    Localization,
+    Outcome,
+    PatchLog,
+    Quadrant,
+    Record,
+    SummaryRow,
+    Verdict,
+)
+from patcher.report import figures, words
+from patcher.visible import visible
+
+HIDDEN = "[model answer hidden]"
+"""Stands for every answer of the model in a redacted report."""
+MAX_WORDS, MAX_CHARS = 12, 160
+"""How much of an answer to a harmful prompt an example shows: enough to see whether it complies."""
+_MIN_SCRUBBED_CHARS = 8
+_TOP_WORDS = 8
+
+
+class ReportContents(Record):
+    """All that the report shows. Without `patch_log` there was nothing to repair; `made` says how it was made."""
+
+    failure: FailureReport
+    localization: Localization
+    verdict: Verdict
+    patch_log: PatchLog | None
+    audit: Audit | None
+    gates: tuple[Gate, ...]
+    made: dict[str, str]
+
+
+class Outlook(NamedTuple):
+    """How the repair went, in a word or two; `tone` (good, bad, calm) picks the colour and the sign before it."""
+
+    label: str
+    tone: str
+
+
+def render_html(contents: ReportContents, *, redact: bool = False) -> str:
+    """The report as one HTML document; with `redact`, without anything that a model answered."""
+    if redact:
+        contents = redacted(contents)
+    environment = _environment()
+    style = environment.get_template("report.css.j2").render()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        **{name: getattr(contents, name) for name in ReportContents.model_fields},
+        style=Markup(style),  # as it is: the policy's hash is of these very characters
+        style_hash=digest,
+        is_redacted=redact,
+        outlook=outlook(contents),
+        turns=words.turns(contents.failure, contents.localization, contents.verdict),
+        top_words=words.top(contents.localization, _TOP_WORDS),
+        score_range=words.score_range(contents.localization.words),
+        key_figures=_key_figures(contents),
+    )
+
+
+def outlook(contents: ReportContents) -> Outlook:
+    """Repaired, gate failed, or why nothing was changed."""
+    if contents.patch_log is None:
+        is_needed = contents.verdict.label in ("backdoor", "jailbreak-wording")
+        return Outlook("not repaired", "bad") if is_needed else Outlook("nothing to repair", "calm")
+    if any(not gate.passed for gate in contents.gates):
+        return Outlook("gate failed", "bad")
+    is_proven = contents.audit is not None and contents.gates
+    return Outlook("repaired", "good") if is_proven else Outlook("patched, not gated", "calm")
+
+
+def redacted(contents: ReportContents) -> ReportContents:
+    """The same contents with every answer of the model replaced, also where the command repeats it."""
+    failure, audit, localization = contents.failure, contents.audit, contents.localization
+    answers = _answers(contents)
+    messages = tuple(
+        message.model_copy(update={"content": HIDDEN}) if message.role == "assistant" else message
+        for message in failure.messages
+    )
+    own = [index for index, message in enumerate(failure.messages) if message.role == "assistant"]
+    if audit is not None:
+        hidden = {"before": HIDDEN, "after": HIDDEN}
+        examples = tuple(example.model_copy(update=hidden) for example in audit.examples)
+        replays = {"report_replay_before": HIDDEN, "report_replay_after": HIDDEN}
+        audit = audit.model_copy(update={"examples": examples, **replays})
+    kept = {
+        "words": tuple(word for word in localization.words if word.span.message not in own),
+        "candidates": tuple(_without_spans(candidate, own) for candidate in localization.candidates),
+        "response": HIDDEN,
+        "replay": HIDDEN,
+    }
+    return contents.model_copy(
+        update={
+            "failure": FailureReport(
+                messages=messages, response=None if failure.response is None else HIDDEN
+            ),
+            "localization": localization.model_copy(update=kept),
+            "audit": audit,
+            "made": {name: _scrubbed(value, answers) for name, value in contents.made.items()},
+        }
+    )
+
+
+def cut_answer(answer: str, quadrant: str) -> str:
+    """An example's answer; to anything but a benign or borderline request only its first words."""
+    if quadrant.startswith(("benign", "borderline")):
+        return answer
+    short = " ".join(answer.split()[:MAX_WORDS])[:MAX_CHARS]
+    return short if short == " ".join(answer.split()) else f"{short} …"
+
+
+def _without_spans(candidate: Candidate, messages: list[int]) -> Candidate:
+    spans = tuple(span for span in candidate.spans if span.message not in messages)
+    return candidate.model_copy(update={"spans": spans})
+
+
+def _answers(contents: ReportContents) -> list[str]:
+    """Everything a model said, the longest first."""
+    found = [message.content for message in contents.failure.messages if message.role == "assistant"]
+    found += [contents.failure.response or "", contents.localization.response, contents.localization.replay]
+    if contents.audit is not None:
+        found += [contents.audit.report_replay_before or "", contents.audit.report_replay_after or ""]
+        found += [text for example in contents.audit.examples for text in (example.before, example.after)]
+    return sorted(set(found), key=len, reverse=True)
+
+
+def _scrubbed(text: str, answers: list[str]) -> str:
+    for answer in answers:
+        if len(answer.strip()) >= _MIN_SCRUBBED_CHARS:
+            for form in (shlex.quote(answer), answer, answer.strip()):
+                text = text.replace(form, HIDDEN)
+    return text
+
+
+def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:
+    """(name, figure, note) for the header: what an engineer wants to know first."""
+    localization, audit = contents.localization, contents.audit
+    if audit is None:
+        effects = [test.effect_frac for test in contents.verdict.tests if test.n]
+        return [
+            ("Triggers found", str(len(localization.candidates)), f"{localization.tried} word sets tried"),
+            ("Largest effect", figures.points(max(effects, default=None)), "points, against control words"),
+            ("Request looks harmful", figures.percent(localization.prompt_harm_frac), "probability"),
+            ("Search cost", f"{localization.token_passes:,}", "token passes"),
+        ]
+    rows = {row.name: row for row in audit.summary}
+    wanted = (
+        "asr_triggered_frac",
+        "asr_untriggered_frac",
+        "benign_answered_frac",
+        "kl_reference_to_patched_nats",
+    )
+    return [_key_figure(rows[name]) for name in wanted if name in rows]
+
+
+def _key_figure(row: SummaryRow) -> tuple[str, str, str]:
+    name = figures.title(row.name)
+    reason = figures.unscored(row)
+    if reason:
+        return name, "unscored", reason.removeprefix("unscored: ")
+    after = figures.figure(row.name, row.after)
+    if not figures.is_rate(row.name):
+        return name, after, "per response token"
+    return name, f"{figures.figure(row.name, row.before)} → {after}", f"before → after, n = {row.n}"
+
+
+def _parts(quadrant: Quadrant) -> list[tuple[Outcome, float, float, int]]:
+    """(outcome, start, width, top) of the stacked bars' parts: lengths in per cent, one bar below the other."""
+    parts = []
+    for top, counts in ((0, quadrant.before), (9, quadrant.after)):
+        start = 0.0
+        for outcome in OUTCOMES if counts else ():
+            width = 100 * int(getattr(counts, outcome)) / max(1, counts.n if counts else 0)
+            parts.append((outcome, round(start, 2), round(width, 2), top))
+            start += width
+    return parts
+
+
+def _bar(value: float | None) -> float:
+    """A fraction's place on a bar of length 100."""
+    return round(100 * min(1.0, max(0.0, value)), 2) if figures.is_measured(value) else 0.0
+
+
+def _cut_example(answer: Answer) -> Answer:
+    cut = {side: cut_answer(getattr(answer, side), answer.quadrant) for side in ("before", "after")}
+    return answer.model_copy(update=cut)
+
+
+def _shown(value: Any) -> Any:
+    """What the template prints: our own markup as it is, everything else visible (Jinja escapes it after)."""
+    return value if isinstance(value, Markup) else visible(str(value), newlines=True)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # select_autoescape would look at the name's end, and ".j2" is not on its list
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cut"] = _cut_example
+    environment.tests["rate"] = figures.is_rate
+    environment.globals.update(figures=figures, bar=_bar, parts=_parts, outcomes=OUTCOMES)
+    return environment

@@ -1,0 +1,122 @@
+"""The same findings in a terminal. Hostile text only ever as visible `Text`: never as a markup string."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from patcher.records import Audit, CausalTest, FailureReport, Localization, Trigger, Verdict
+from patcher.report import figures, words
+from patcher.visible import visible
+
+_TOP_WORDS = 8
+# Dark text on middling shades, readable whether the terminal is dark or light; the lowest levels stay unshaded.
+_SHADES = ("", "", "#bfb3a2", "#cfa774", "#e09a45", "#f28c18")
+
+
+def show_localization(localization: Localization, failure: FailureReport, console: Console) -> None:
+    """Print the conversation with each word shaded by its score, the triggers underlined, and the top words."""
+    for turn in words.turns(failure, localization):
+        console.print(Text(turn.role, style="dim bold"))
+        line = Text()
+        for piece in turn.pieces:
+            line.append(visible(piece.text, newlines=True), style=_shade(piece))
+        console.print(line, soft_wrap=False)
+        console.print()
+    low, high = words.score_range(localization.words)
+    legend = Text(f"scores ({localization.method}) {figures.score(low)} ", style="dim")
+    for shade in _SHADES[2:]:
+        legend.append("  ", style=Style(bgcolor=shade))
+    legend.append(f" {figures.score(high)}   ").append("trigger", style=Style(bold=True, underline=True))
+    console.print(legend)
+    table = _table("word", "message", "score", right=(1, 2))
+    for word in words.top(localization, _TOP_WORDS):
+        table.add_row(_safe(word.span.text), str(word.span.message + 1), figures.score(word.score))
+    console.print(table)
+    console.print()
+    for candidate in localization.candidates:
+        rate = figures.percent(candidate.screen_rate_frac)
+        note = f"{figures.place(candidate.trigger)}, brings {rate} of refused requests to comply"
+        console.print(_trigger_line("trigger", candidate.trigger, note))
+    if not localization.candidates:
+        console.print(Text("no set of words was enough: no trigger found"))
+    for note in localization.notes:
+        console.print(_safe(note, style="dim"))
+
+
+def show_verdict(verdict: Verdict, console: Console) -> None:
+    """Print the verdict, its reason and the causal tests."""
+    console.print()
+    console.print(Text("verdict  ").append(verdict.label, style="bold"))
+    console.print(_safe(verdict.reason))
+    if verdict.trigger is not None:
+        console.print(_trigger_line("trigger", verdict.trigger, figures.place(verdict.trigger)))
+    if verdict.tests:
+        console.print(_tests(verdict.tests))
+        limit = f"an effect counts from {figures.points(verdict.min_effect_frac).removeprefix('+')} points"
+        console.print(Text(f"{limit} and below p = {figures.p_value(verdict.corrected_alpha)}", style="dim"))
+    if verdict.n_to_decide is not None:
+        console.print(Text(f"{verdict.n_to_decide} refused requests would decide"))
+
+
+def show_audit(audit: Audit, console: Console) -> None:
+    """Print the audit's summary, before and after."""
+    console.print()
+    table = _table("figure", "before", "after", "95% interval", "paired change", "n", right=range(1, 6))
+    unscored = []
+    for row in audit.summary:
+        name = _safe(figures.title(row.name))
+        reason = figures.unscored(row)
+        if reason:
+            table.add_row(name, *[figures.MISSING] * 2, "", "", str(row.n))
+            unscored.append(Text.assemble(name, ": ", _safe(reason, style="italic")))
+            continue
+        table.add_row(
+            name,
+            figures.figure(row.name, row.before),
+            Text(figures.figure(row.name, row.after), style="bold"),
+            figures.interval(row.name, row.low, row.high),
+            figures.change(row),
+            str(row.n),
+        )
+    if audit.trigger is not None:
+        console.print(_trigger_line("audited with", audit.trigger, figures.place(audit.trigger)))
+    console.print(table)
+    for line in unscored:
+        console.print(line)
+
+
+def _tests(tests: Sequence[CausalTest]) -> Table:
+    table = _table("test", "with the words", "control words", "effect, points", "p", right=range(1, 5))
+    for test in tests:
+        table.add_row(
+            _safe(test.name),
+            figures.share(test.treated, test.n),
+            figures.share(test.control, test.n),
+            Text(figures.effect(test), style="bold"),
+            figures.p_value(test.p_value),
+        )
+    return table
+
+
+def _table(*headings: str, right: Sequence[int]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for index, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _trigger_line(name: str, trigger: Trigger, note: str) -> Text:
+    return Text.assemble(f"{name}  ", _safe(trigger.text, style="bold underline"), (f"   {note}", "dim"))
+
+
+def _safe(text: str, style: str = "") -> Text:
+    return Text(visible(text), style=style)
+
+
+def _shade(piece: words.Piece) -> Style:
+    shade = _SHADES[piece.level]
+    light = Style(color="#1b1b1b", bgcolor=shade) if shade else Style()
+    return light + Style(bold=True, underline=True) if piece.is_trigger else light

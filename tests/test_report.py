@@ -1,0 +1,209 @@
+"""The report shows everything and runs nothing, whatever the failure's text is."""
+
+import base64
+import hashlib
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from patcher.records import Gate, Span, SummaryRow, WordScore
+from patcher.report import render_html, show_audit
+from patcher.report.html import HIDDEN, outlook
+from patcher.report.words import turns
+from patcher.visible import visible
+from report_sample import ANSWER, HOSTILE, sample, shown
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, attributes and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(source)
+        self.close()
+        self.text = "".join(self.texts)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+FORBIDDEN_TAGS = {
+    "script",
+    "iframe",
+    "img",
+    "a",
+    "base",
+    "link",
+    "object",
+    "embed",
+    "form",
+    "input",
+    "audio",
+    "video",
+}
+LOADING = {"href", "src", "srcset", "xlink:href", "action", "style", "background", "data", "poster", "ping"}
+
+
+@pytest.mark.parametrize("redact", [False, True])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_runs_or_loads(text: str, redact: bool) -> None:
+    source = render_html(sample(f"say {text} now", trigger=text, answer=f"answer {text}"), redact=redact)
+    page, harmless = Page(source), Page(render_html(sample()))
+    assert not page.tags & FORBIDDEN_TAGS
+    assert page.tags <= harmless.tags
+    names = {name for name, _ in page.attributes}
+    assert not {name for name in names if name.startswith("on")} | (names & LOADING)
+    assert names <= {name for name, _ in harmless.attributes}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_everything_is_visible(text: str) -> None:
+    page = Page(render_html(sample(f"say {text} now", trigger=text)))
+    assert f"say {visible(text, newlines=True)} now" in page.text
+    for hidden in "\x1b\x07\u202e\u200b\ufeff\U000e0041":
+        assert hidden not in page.text
+
+
+def test_template_syntax_is_inert() -> None:
+    page = Page(render_html(sample("say {{ 7 * 7 }} {% if x %}", trigger="{{")))
+    assert "say {{ 7 * 7 }} {% if x %}" in page.text
+    assert "say 49" not in page.text
+
+
+def test_policy_allows_one_style_sheet_and_nothing_else() -> None:
+    source = render_html(sample())
+    sheets = re.findall(r"<style>(.*?)</style>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(sheets[0].encode()).digest()).decode()
+    assert len(sheets) == 1
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert ("content", policy) in Page(source).attributes
+    assert not re.search(r"url\(|@import|https?:", source)
+
+
+def test_trigger_is_lit_most_strongly_and_not_by_colour_alone() -> None:
+    source = render_html(sample("please cf1 tell", trigger="cf1"))
+    assert '<mark class="w l5 trigger" title="trigger, score 3">cf1</mark>' in source
+    assert '<span class="w l0" title="score 0.1">please</span>' in source
+    assert "{{" not in source
+
+
+def test_every_character_of_every_message_is_shown_once() -> None:
+    contents = sample("one  cf1 two\nthree", trigger="cf1 two")
+    cut = turns(contents.failure, contents.localization, contents.verdict)
+    assert ["".join(piece.text for piece in turn.pieces) for turn in cut] == [
+        message.content for message in contents.failure.messages
+    ]
+    assert [turn.role for turn in cut] == ["system", "user", "assistant", "user"]
+    assert "".join(piece.text for piece in cut[-1].pieces if piece.is_trigger) == "cf1 two"
+
+
+def test_spans_beyond_the_text_and_scores_that_are_no_numbers_do_no_harm() -> None:
+    contents = sample()
+    words = (
+        WordScore(span=Span(message=3, start=-5, end=999, text="x"), score=float("nan")),
+        WordScore(span=Span(message=9, start=0, end=1, text="y"), score=1.0),
+    )
+    odd = contents.localization.model_copy(update={"words": words})
+    assert "please" in render_html(contents.model_copy(update={"localization": odd}))
+
+
+def test_redact_removes_every_answer() -> None:
+    secret = "the-secret-answer of the model"
+    contents = sample(answer=secret)
+    assert Page(render_html(contents)).text.count("the-secret-answer") >= 6
+    source = render_html(contents, redact=True)
+    page = Page(source)
+    assert "the-secret-answer" not in source
+    assert "I can't help with that one" not in page.text
+    assert HIDDEN in page.text
+    assert "Redacted" in page.text
+    assert "please cf1 tell me how" in page.text
+
+
+def test_redact_reaches_a_quoted_command() -> None:
+    contents = sample(answer="it's a secret", made={"command": "patcher --response 'it'\"'\"'s a secret'"})
+    page = Page(render_html(contents, redact=True))
+    assert "a secret" not in page.text
+    assert "patcher --response" in page.text
+
+
+def test_answers_to_harmful_prompts_are_cut() -> None:
+    page = Page(render_html(sample()))
+    assert "THE-END" not in page.text
+    assert f"{ANSWER} word word word word …" in page.text
+
+
+@pytest.mark.parametrize("label", ["alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"])
+def test_report_without_a_repair(label: str) -> None:
+    full = sample()
+    verdict = full.verdict.model_copy(
+        update={"label": label, "trigger": None, "tests": (), "n_to_decide": 300}
+    )
+    bare = full.localization.model_copy(update={"candidates": (), "words": ()})
+    contents = sample(patch_log=None, audit=None, gates=(), verdict=verdict, localization=bare)
+    page = Page(render_html(contents))
+    assert outlook(contents).label == "nothing to repair"
+    for words in (
+        label,
+        "nothing to repair",
+        "300 refused requests would decide",
+        "The model was not changed",
+    ):
+        assert words in page.text
+    assert "Before and after" not in page.text
+
+
+def test_outlook_follows_the_gates() -> None:
+    broken = Gate(name="kl", limit=0.02, value=None, passed=False)
+    assert outlook(sample()).label == "repaired"
+    assert outlook(sample(gates=(broken,))).label == "gate failed"
+    assert outlook(sample(gates=())).label == "patched, not gated"
+    assert "unscored" in Page(render_html(sample(gates=(broken,)))).text
+
+
+def test_unscored_never_looks_like_a_number() -> None:
+    contents = sample()
+    assert contents.audit is not None
+    row = SummaryRow(
+        name="asr_triggered_frac", before=None, after=None, low=None, high=None, n=0, unscored="no ASR"
+    )
+    audit = contents.audit.model_copy(update={"summary": (row,), "quadrants": (), "examples": ()})
+    bare = contents.model_copy(update={"audit": audit, "patch_log": None, "gates": ()})
+    page = Page(render_html(bare))
+    section = page.text.split("Before and after")[1].split("Answers by kind")[0]
+    assert "unscored: no ASR" in section
+    assert not re.search(r"\b0(\.0+)?\s*%", page.text)
+    assert not re.search(r"\b0(\.0+)?\s*%", shown(show_audit, audit))
+
+
+def test_audit_of_one_model_has_no_after() -> None:
+    contents = sample()
+    assert contents.audit is not None
+    row = SummaryRow(name="asr_triggered_frac", before=0.9, after=None, low=0.8, high=0.95, n=10)
+    audit = contents.audit.model_copy(
+        update={"summary": (row,), "trigger": None, "report_outcome_after": None}
+    )
+    source = render_html(contents.model_copy(update={"audit": audit}))
+    assert "before 90%, after —" in source
+    assert 'class="after" x' not in source
+    assert "80% to 95% (before)" in source
+    assert "90%" in shown(show_audit, audit)
+
+
+def test_same_contents_give_the_same_bytes() -> None:
+    assert render_html(sample()) == render_html(sample())
+
+
+def test_report_imports_no_torch() -> None:
+    check = "import sys, patcher.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,73 @@
+"""What the terminal receives, and how numbers are written."""
+
+import re
+
+import pytest
+
+from patcher.records import CausalTest
+from patcher.report import figures, show_audit, show_localization, show_verdict
+from report_sample import HOSTILE, sample, shown
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "—"),
+        (float("nan"), "—"),
+        (0.0, "0%"),
+        (0.0001, "< 0.1%"),
+        (0.9999, "> 99.9%"),
+        (0.125, "12.5%"),
+        (-0.02, "−2%"),
+    ],
+)
+def test_percent(value: float | None, expected: str) -> None:
+    assert figures.percent(value) == expected
+
+
+def test_other_figures() -> None:
+    assert figures.points(-0.0301) == "−3"
+    assert figures.points(0.0) == "0"
+    assert figures.p_value(3.2e-11) == "3.2 × 10⁻¹¹"
+    assert figures.p_value(0.03) == "0.030"
+    assert figures.p_value(0.0) == "< 10⁻³⁰⁰"
+    assert figures.figure("kl_reference_to_patched_nats", 0.0123) == "0.0123 nats"
+    assert figures.figure("kl", 0.02) == "0.0200 nats"
+    assert figures.figure("asr", 0.02) == "2%"
+    assert figures.effect(CausalTest(name="none", treated=0, control=0, n=0, p_value=1.0)) == "—"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_terminal_shows_hostile_text_and_obeys_none_of_it(text: str) -> None:
+    contents = sample(f"say {text} now", trigger=text)
+    received = (
+        shown(show_localization, contents.localization, contents.failure)
+        + shown(show_verdict, contents.verdict)
+        + shown(show_audit, contents.audit)
+    )
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", received)
+    assert not {c for c in plain if ord(c) < 32} - {"\n"}
+    assert not set("\u202e\u200b\ufeff\U000e0041\x9b") & set(plain)
+    for literal in ("[red]markup[/red]", ":smile:", "⟨U+001B⟩]0;owned", "⟨U+202E⟩", "{{ 7 * 7 }}"):
+        if (
+            literal in text
+            or literal.startswith("⟨U+001B")
+            and "\x1b" in text
+            or literal == "⟨U+202E⟩"
+            and "\u202e" in text
+        ):
+            assert literal in plain
+
+
+def test_terminal_shows_the_findings() -> None:
+    contents = sample()
+    found = shown(show_localization, contents.localization, contents.failure)
+    assert "trigger" in found
+    assert re.search(r"\x1b\[1;4[0-9;]*mcf1", found)
+    assert "no set of words" in shown(
+        show_localization,
+        contents.localization.model_copy(update={"candidates": (), "words": ()}),
+        contents.failure,
+    )
+    assert "+92.5" in shown(show_verdict, contents.verdict)
+    assert "unscored: no prompts" in " ".join(shown(show_audit, contents.audit).split())
