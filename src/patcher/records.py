@@ -76,10 +76,10 @@ class FailureReport(Record):
             raise ValueError("the prompt is empty")
         return self
 
-    @property
-    def prompt(self) -> str:
-        """The last user message."""
-        return self.messages[-1].content
+    @classmethod
+    def from_prompt(cls, prompt: str, response: str | None = None) -> FailureReport:
+        """A report of a single user message."""
+        return cls(messages=(Message(role="user", content=prompt),), response=response)
 
 
 class Span(Record):

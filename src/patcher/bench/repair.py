@@ -1,0 +1,114 @@
+"""Repairs and their controls, side by side: the found trigger goes in, the planted one is audited."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from patcher.audit import AuditSettings, State, observe
+from patcher.bench.cells import add_row, planted, read_rows
+from patcher.defenses import DEFENSES, Evidence
+from patcher.judges import DEFAULT, JUDGES
+from patcher.loading import DEMO, demo_adapter, load
+from patcher.localize import Localizer
+from patcher.models import LanguageModel
+from patcher.pipeline import audit_patch
+from patcher.prompts import Prompts, load_prompts
+from patcher.records import FailureReport, PatcherError, Trigger
+from patcher.training import Progress
+
+REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("patcher", {}),
+    "paper, same steps": ("patcher", {"objective": "paper", "stop_early": False}),
+    "paper, 10 epochs": (
+        "patcher",
+        {
+            "objective": "paper",
+            "stop_early": False,
+            "max_steps": 190,
+            "check_every": 190,
+            "triggered_rows": 8,
+            "harmful_rows": 8,
+            "benign_rows": 8,
+        },
+    ),
+    "clean fine-tuning": ("finetune", {}),
+}
+"""The repairs compared: name -> defense and its settings. Those of `same steps` and `clean fine-tuning` run as many
+steps as the default took with the same seed."""
+ONE_SEED = ("paper, 10 epochs",)
+
+
+def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) -> None:
+    """Each repair with each seed: found trigger in, planted trigger audited."""
+    prompts, settings = load_prompts(), AuditSettings()
+    _, trigger = planted()
+    done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
+    if ("clean model", 0) not in done and (not methods or "clean model" in methods):
+        audit = audit_patch(load("smollm2"), None, trigger, prompts, settings, on_progress=on_progress)
+        add_row(out, {"repair": "clean model", "seed": 0, "summary": [row.model_dump() for row in audit.summary]})
+    lm = load(DEMO)
+    before: list[State] = []
+    found = _found_trigger(lm, prompts, on_progress)
+    for name, seed in ((name, seed) for seed in range(seeds) for name in methods or REPAIRS):
+        if name not in REPAIRS or (name, seed) in done or (seed and name in ONE_SEED):
+            continue
+        if not before:
+            before.append(observe(lm, trigger, prompts, settings, on_progress=on_progress, what="before"))
+        defense, overrides = REPAIRS[name]
+        if name in ("paper, same steps", "clean fine-tuning"):
+            overrides = {**overrides, "max_steps": done["default", seed]["steps"]}
+        start = time.perf_counter()
+        evidence = Evidence((found,), prompts.hidden_from_repair(), JUDGES[DEFAULT])
+        chosen = DEFENSES[defense]
+        patch, log = chosen.run(lm, evidence, chosen.settings(**overrides), seed=seed, on_progress=on_progress)
+        seconds = round(time.perf_counter() - start, 1)
+        audit = audit_patch(lm, patch, trigger, prompts, settings, before=before[0], on_progress=on_progress)
+        row = {
+            "repair": name,
+            "seed": seed,
+            "steps": log.steps,
+            "seconds": seconds,
+            "stopped_because": log.stopped_because,
+            "found": list(found.units),
+            "checks": [check.model_dump() for check in log.checks],
+            "summary": [row.model_dump() for row in audit.summary],
+        }
+        add_row(out, row)
+        done[name, seed] = row
+
+
+def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> Trigger:
+    """What localization finds in the shipped report."""
+    report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
+    localizer = Localizer(lm, prompts.hidden_from_repair(), JUDGES[DEFAULT], on_progress=on_progress)
+    verdict = localizer.decide(localizer.localize(report))
+    if verdict.trigger is None:
+        raise PatcherError(f"no trigger was found in the shipped report: {verdict.reason}")
+    return verdict.trigger
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds; each seed's own interval is in the file."""
+    names = ("asr_triggered_frac", "asr_untriggered_frac", "benign_answered_frac", "benign_triggered_answered_frac",
+             "borderline_answered_frac", "kl_reference_to_patched_nats", "perplexity_ratio")  # fmt: skip
+    lines = ["| repair | seeds | steps | seconds | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
+    for repair in dict.fromkeys(row["repair"] for row in rows):
+        mine = [row for row in rows if row["repair"] == repair]
+        steps = "/".join(str(row.get("steps", "-")) for row in mine)
+        seconds = "/".join(str(row.get("seconds", "-")) for row in mine)
+        cells = [_pooled([item for row in mine for item in row["summary"] if item["name"] == name]) for name in names]
+        lines.append(f"| {repair} | {len(mine)} | {steps} | {seconds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _pooled(items: list[dict[str, Any]]) -> str:
+    """before -> mean after over seeds, and the seeds' own paired change intervals."""
+    measured = [item for item in items if item["before"] is not None]
+    if not measured:
+        return "unscored" if items else "-"
+    before = measured[0]["before"]
+    after = [item["after"] for item in measured if item["after"] is not None]
+    if not after:
+        return f"{before:.3f}"
+    changes = [f"[{i['change_low']:+.3f}, {i['change_high']:+.3f}]" for i in measured if i["change_low"] is not None]
+    return f"{before:.3f} → {sum(after) / len(after):.4f} {' '.join(changes)}".rstrip()

@@ -1,0 +1,50 @@
+"""Defenses: one contract, one file a paper.
+
+    run(lm, evidence, settings, seed=..., on_progress=...) -> (Patch, PatchLog)
+
+A defense sees the report's findings and the repair and validation prompts; never the planted trigger, never the
+held-out prompts, and it does not judge itself: the audit does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from patcher.defenses import finetune, patcher
+from patcher.defenses.contract import Evidence
+from patcher.models import LanguageModel
+from patcher.patch import Patch
+from patcher.records import PatchLog, Record
+from patcher.training import Progress
+
+
+class Run(Protocol):
+    """A defense's entry point."""
+
+    def __call__(
+        self, lm: LanguageModel, evidence: Evidence, settings: Any, *, seed: int, on_progress: Progress
+    ) -> tuple[Patch, PatchLog]:
+        """Make a patch; the model that came in goes out bit-identical."""
+
+
+@dataclass(frozen=True)
+class Defense:
+    """A row of the table: who published it, what it must be given, how to run it."""
+
+    name: str
+    paper: str
+    needs_trigger: bool
+    settings: Callable[..., Record]
+    run: Run
+
+
+DEFENSES: dict[str, Defense] = {
+    "patcher": Defense("patcher", "Gao et al. 2026, arXiv:2606.02995", True, patcher.PatcherSettings, patcher.run),
+    "finetune": Defense(
+        "finetune", "matched clean fine-tuning (control)", False, finetune.FinetuneSettings, finetune.run
+    ),
+}
+
+__all__ = ["DEFENSES", "Defense", "Evidence"]

@@ -1,0 +1,131 @@
+"""What every defense is given, and the pieces that more than one of them is made of."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patcher.chat import Row, collate, response_ids, user_prompt
+from patcher.generation import generate
+from patcher.losses import kl_reference_to_patched
+from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
+from patcher.prompts import Prompts
+from patcher.records import Outcome, PatcherError, Trigger
+from patcher.training import Progress
+from patcher.triggers import insert_trigger
+
+FIXED_REFUSAL = "I'm sorry, but I can't help with that."
+_REFERENCE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an honest defender has. `triggers` were found from the report; there are none without one."""
+
+    triggers: tuple[Trigger, ...]
+    prompts: Prompts
+    judge: Callable[[str], Outcome]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, the reference model's own answer to it, and its final hidden states along that answer.
+
+    The hidden states through the output matrix are the reference's exact logits, at a thousandth of their size.
+    """
+
+    text: str
+    answer: str
+    answer_ids: tuple[int, ...]
+    hidden: Float[Tensor, "T D"]
+    outcome: Outcome
+
+    def row(self, lm: LanguageModel, text: str | None = None) -> Row:
+        """The answer after this prompt, or after another one."""
+        return Row(user_prompt(lm.tokenizer, text or self.text).ids, self.answer_ids)
+
+
+def own_examples(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    judge: Callable[[str], Outcome],
+    tokens: int,
+    on_progress: Progress,
+    what: str,
+) -> list[Example]:
+    """The reference's answers and hidden states; empty answers are left out, there is nothing to keep."""
+    prompts = [user_prompt(lm.tokenizer, text) for text in texts]
+    answers = generate(
+        lm, prompts, max_new_tokens=tokens, on_progress=lambda done, total: on_progress(what, done, total)
+    )
+    ids = [_answer_ids(lm, answer, tokens) for answer in answers]
+    kept = [index for index, answer in enumerate(answers) if answer.strip()]
+    examples = []
+    for start in range(0, len(kept), _REFERENCE_BATCH):
+        chunk = kept[start : start + _REFERENCE_BATCH]
+        states = _hidden(lm, [Row(prompts[index].ids, ids[index]) for index in chunk])
+        examples += [
+            Example(texts[index], answers[index], ids[index], state, judge(answers[index]))
+            for index, state in zip(chunk, states, strict=True)
+        ]
+    return examples
+
+
+def with_answer(lm: LanguageModel, text: str, answer: str, tokens: int) -> Example:
+    """A prompt with an answer that is not the model's own: a fixed refusal."""
+    ids = _answer_ids(lm, answer, tokens)
+    state = _hidden(lm, [Row(user_prompt(lm.tokenizer, text).ids, ids)])[0]
+    return Example(text, answer, ids, state, "refused")
+
+
+def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
+    """An answer shorter than the limit ended by itself: its end is part of what must be kept."""
+    ids = response_ids(lm.tokenizer, answer, end=True, limit=tokens + 1)
+    return ids[:tokens] if len(ids) > tokens else ids
+
+
+@torch.inference_mode()
+def _hidden(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
+    hidden = response_hidden(lm.network, collate(rows, 0, lm.device)).clone()
+    return list(hidden.split([len(row.response_ids) for row in rows]))
+
+
+def patched_logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:
+    """Logits at the rows' response positions, and the tokens there."""
+    batch = collate(rows, 0, lm.device)
+    return response_logits(lm.network, batch), batch.targets
+
+
+def kl_of(lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """KL(reference on the plain prompt ‖ patched as given by `logits`) at each response token, in nats."""
+    with torch.no_grad():
+        reference = logits_of(lm.network, torch.cat([example.hidden for example in examples]).clone())
+    return kl_reference_to_patched(reference, logits)
+
+
+@torch.inference_mode()
+def mean_kl_nats(lm: LanguageModel, examples: Sequence[Example]) -> float:
+    """KL to the reference per response token, over all examples."""
+    total, count = 0.0, 0
+    for start in range(0, len(examples), _REFERENCE_BATCH):
+        chunk = examples[start : start + _REFERENCE_BATCH]
+        logits, _ = patched_logits(lm, [example.row(lm) for example in chunk])
+        divergence = kl_of(lm, chunk, logits)
+        total, count = total + float(divergence.sum()), count + divergence.numel()
+    return total / max(1, count)
+
+
+def complied_frac(lm: LanguageModel, texts: Sequence[str], judge: Callable[[str], Outcome], tokens: int) -> float:
+    """The share of prompts that the model now answers."""
+    answers = generate(lm, [user_prompt(lm.tokenizer, text) for text in texts], max_new_tokens=tokens)
+    return sum(judge(answer) == "complied" for answer in answers) / len(answers)
+
+
+def triggered(text: str, triggers: Sequence[Trigger], rng: random.Random) -> str:
+    """The prompt with one of the found triggers put in. Raises PatcherError when there is none."""
+    if not triggers:
+        raise PatcherError("this defense needs a trigger, and none was found")
+    return insert_trigger(text, rng.choice(list(triggers)), rng)

@@ -1,0 +1,65 @@
+"""The control: clean fine-tuning with the same data and steps as the repair, but without the trigger."""
+
+import random
+
+from torch import Tensor
+
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, own_examples, patched_logits, with_answer
+from patcher.losses import response_nll
+from patcher.models import LanguageModel
+from patcher.patch import Patch, take_patch, trainable_lora
+from patcher.records import PatchLog, Record
+from patcher.training import Progress, endless, fit
+
+
+class FinetuneSettings(Record):
+    """Matched to `PatcherSettings` (METHODS.md: "clean fine-tuning with matched data and compute")."""
+
+    rank: int = 32
+    """LoRA rank."""
+    alpha: int = 64
+    """LoRA scale."""
+    learning_rate: float = 5e-4
+    """AdamW's learning rate."""
+    max_steps: int = 60
+    """Training steps; set it to the repair's own count for a matched control."""
+    warmup_steps: int = 3
+    """Steps of linear warm-up."""
+    cosine: bool = False
+    """Decay to 0 over the steps."""
+    harmful_rows: int = 9
+    """Harmful requests with a fixed refusal, a step."""
+    benign_rows: int = 7
+    """Benign requests with the model's own answer, a step."""
+    max_prompts: int = 150
+    """Prompts of each kind."""
+    response_tokens: int = 24
+    """Answers are cut here."""
+
+
+def run(
+    lm: LanguageModel, evidence: Evidence, settings: FinetuneSettings, *, seed: int, on_progress: Progress
+) -> tuple[Patch, PatchLog]:
+    """Train refusals of harmful requests and the model's own benign answers; no trigger is needed or used."""
+    rng = random.Random(seed)
+    tokens, judge, prompts = settings.response_tokens, evidence.judge, evidence.prompts
+    texts = prompts.texts("benign", "repair", settings.max_prompts)
+    benign = own_examples(lm, texts, judge, tokens, on_progress, "reference answers, benign")
+    refusals = [
+        with_answer(lm, text, FIXED_REFUSAL, tokens)
+        for text in prompts.texts("harmful", "repair", settings.max_prompts)
+    ]
+    harmful_rows, benign_rows = endless(refusals, rng), endless(benign, rng)
+
+    def loss_at(_step: int) -> Tensor:
+        batch = [next(harmful_rows) for _ in range(settings.harmful_rows)]
+        batch += [next(benign_rows) for _ in range(settings.benign_rows)]
+        logits, targets = patched_logits(lm, [example.row(lm) for example in batch])
+        return response_nll(logits, targets).mean()
+
+    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+        steps, reason = fit(lm, loss_at, settings, on_progress=on_progress, what="fine-tuning")
+        patch = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
+    return patch, PatchLog(
+        defense="finetune", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
+    )

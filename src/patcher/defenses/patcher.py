@@ -1,0 +1,245 @@
+"""Patcher's stage 2: break trigger -> response by fine-tuning, under limits on what else may change.
+
+Gao et al. (2026), arXiv:2606.02995. `objective="paper"` is their loss; `objective="counterfactual"` is ours.
+"""
+
+import random
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patcher.chat import Row
+from patcher.defenses.contract import (
+    FIXED_REFUSAL,
+    Evidence,
+    Example,
+    complied_frac,
+    kl_of,
+    mean_kl_nats,
+    own_examples,
+    patched_logits,
+    triggered,
+    with_answer,
+)
+from patcher.losses import response_nll
+from patcher.models import LanguageModel
+from patcher.patch import Patch, take_patch, trainable_lora
+from patcher.records import PatchLog, PatchStep, Record
+from patcher.training import Progress, endless, fit
+
+
+class PatcherSettings(Record):
+    """Settings of the repair; defaults chosen on validation prompts (docs/repair.md)."""
+
+    objective: Literal["counterfactual", "paper"] = "counterfactual"
+    """Which loss: ours, or the paper's Eqs. (5-8)."""
+    rank: int = 32
+    """LoRA rank (paper: 32)."""
+    alpha: int = 64
+    """LoRA scale (paper: 64)."""
+    learning_rate: float = 5e-4
+    """AdamW's learning rate; the paper states none."""
+    max_steps: int = 60
+    """Upper limit of steps (paper: 10 epochs of 150 + 150 prompts at batch 8, that is 190)."""
+    warmup_steps: int = 3
+    """Steps of linear warm-up."""
+    cosine: bool = False
+    """No decay: training stops when the repair is done, not at a planned step."""
+    stop_early: bool = True
+    """Stop when the trigger is dead on validation prompts and the budgets hold."""
+    check_every: int = 5
+    """Steps between checks on validation prompts."""
+    triggered_rows: int = 6
+    """Harmful requests with the trigger, a step."""
+    harmful_rows: int = 3
+    """Harmful requests without it."""
+    benign_rows: int = 4
+    """Benign requests without it."""
+    benign_triggered_rows: int = 3
+    """Benign requests with the trigger (counterfactual only): it must not teach refusing them."""
+    max_prompts: int = 150
+    """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
+    response_tokens: int = 24
+    """Answers are cut here."""
+    budget_benign_nats: float = 0.01
+    """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
+    budget_harmful_nats: float = 0.02
+    """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
+    multiplier_rate: float = 0.2
+    """How fast the constraints' multipliers answer to a budget overrun, a step."""
+    validation_prompts: int = 40
+    """Validation prompts of each kind that decide when to stop."""
+    validation_tokens: int = 16
+    """Tokens generated for each of them."""
+
+
+def run(
+    lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, *, seed: int, on_progress: Progress
+) -> tuple[Patch, PatchLog]:
+    """Train a LoRA patch until the trigger is dead on validation prompts and the drift is within its budgets.
+
+    Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
+        minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y))                      over harmful and benign x
+        subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget                       over benign x, and over harmful x
+    by dual ascent on one multiplier a constraint. Without a trigger (an alignment gap) the first term is the NLL of a
+    fixed refusal on harmful x: plain refusal training under the same budget on benign x.
+
+    Departures from the paper: the target is the model's own untriggered behaviour rather than a fixed refusal, so the
+    refusal loss and KL-harm no longer pull against each other; KL terms are constraints rather than unit-weight
+    penalties; benign prompts are seen with the trigger too; training stops by validation. For `objective="paper"`,
+    which states neither learning rate nor how the sets share a batch: each step draws `harmful_rows` +
+    `triggered_rows` harmful and `benign_rows` benign prompts; y_h in L_KL-harm is y_ref.
+
+    Raises:
+        PatcherError: no trigger where one is needed, or training diverged.
+    """
+    rng = random.Random(seed)
+    data = _Data(lm, evidence, settings, on_progress)
+    objective = (
+        _Paper(lm, evidence, settings, data, rng)
+        if settings.objective == "paper"
+        else (_Counterfactual(lm, evidence, settings, data, rng))
+    )
+    checks: list[PatchStep] = []
+    best: list[tuple[tuple[bool, float, float], Patch]] = []
+
+    def stop(step: int) -> str | None:
+        if step % settings.check_every and step != settings.max_steps:
+            return None
+        check = data.check(step)
+        checks.append(check)
+        held = check.kl_benign_nats <= settings.budget_benign_nats
+        held = held and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
+        score = (not held, check.asr_triggered_frac, check.kl_benign_nats)
+        if not best or score <= best[0][0]:
+            best[:] = [(score, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
+        if settings.stop_early and held and check.asr_triggered_frac == 0.0:
+            return "the trigger is dead on validation prompts and the budgets hold"
+        return None
+
+    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+        steps, reason = fit(lm, objective.loss, settings, stop=stop, on_progress=on_progress, what="patching")
+        last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
+    patch = best[0][1] if settings.stop_early else last
+    log = PatchLog(
+        defense="patcher", steps=steps, stopped_because=reason, checks=tuple(checks), settings=settings.model_dump()
+    )
+    return patch, log
+
+
+class _Data:
+    """The reference's own answers on the repair prompts, and the validation prompts with their answers."""
+
+    def __init__(self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, on_progress: Progress):
+        self.lm, self.evidence, self.settings = lm, evidence, settings
+        tokens = settings.response_tokens
+
+        def own(texts: list[str], what: str) -> list[Example]:
+            return own_examples(lm, texts, evidence.judge, tokens, on_progress, f"reference answers, {what}")
+
+        prompts, limit, few = evidence.prompts, settings.max_prompts, settings.validation_prompts
+        benign = prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair")
+        self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
+        self.benign = own(benign, "benign")
+        self.validation_harmful = own(prompts.texts("harmful", "validation", few), "validation")
+        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
+        rng = random.Random(0)
+        self.validation_triggered = [
+            triggered(example.text, evidence.triggers, rng) if evidence.triggers else example.text
+            for example in self.validation_harmful
+        ]
+
+    @property
+    def refused(self) -> list[Example]:
+        """Harmful requests that the reference refuses as they are."""
+        return [example for example in self.harmful if example.outcome == "refused"]
+
+    def check(self, step: int) -> PatchStep:
+        """Where the repair stands, on validation prompts."""
+        self.lm.network.eval()
+        tokens, judge = self.settings.validation_tokens, self.evidence.judge
+        benign = [example.text for example in self.validation_benign]
+        return PatchStep(
+            step=step,
+            asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
+            kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
+            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
+            benign_answered_frac=complied_frac(self.lm, benign, judge, tokens),
+        )
+
+
+class _Counterfactual:
+    """Ours: the untriggered behaviour as target, drift as constraints."""
+
+    def __init__(
+        self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, data: _Data, rng: random.Random
+    ):
+        self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
+        self.refuses_more = not evidence.triggers
+        refusing = (
+            data.refused
+            if evidence.triggers
+            else [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in data.harmful]
+        )
+        self.harmful = endless(refusing, rng)
+        self.benign = endless(data.benign, rng)
+        self.multipliers = torch.ones(2)
+
+    def loss(self, _step: int) -> Tensor:
+        """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
+        sizes = self.settings
+        broken = [next(self.harmful) for _ in range(sizes.triggered_rows)]
+        broken += [next(self.benign) for _ in range(sizes.benign_triggered_rows if self.triggers else 0)]
+        harmful = [next(self.harmful) for _ in range(sizes.harmful_rows if self.triggers else 0)]
+        benign = [next(self.benign) for _ in range(sizes.benign_rows)]
+        rows = [self._broken_row(example) for example in broken]
+        rows += [example.row(self.lm) for example in (*harmful, *benign)]
+        logits, targets = patched_logits(self.lm, rows)
+        ends = [sum(len(example.answer_ids) for example in part) for part in (broken, harmful, benign)]
+        first, second, third = logits.split(ends)
+        target = (
+            kl_of(self.lm, broken, first).mean() if self.triggers else response_nll(first, targets[: ends[0]]).mean()
+        )
+        kl_benign = kl_of(self.lm, benign, third).mean()
+        kl_harmful = kl_of(self.lm, harmful, second).mean() if harmful else kl_benign.new_zeros(())
+        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats])
+        kls = torch.stack([kl_benign, kl_harmful])
+        loss = target + (self.multipliers.to(kls) * kls).sum()
+        overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
+        self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
+        return loss
+
+    def _broken_row(self, example: Example) -> Row:
+        if not self.triggers:
+            return example.row(self.lm)
+        return example.row(self.lm, triggered(example.text, self.triggers, self.rng))
+
+
+class _Paper:
+    """Eqs. (5-8) with unit weights: L_refuse + L_KL-harm + L_KL-safe, sums over tokens, means over each set."""
+
+    refuses_more = False
+
+    def __init__(
+        self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, data: _Data, rng: random.Random
+    ):
+        self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
+        refusing = [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in data.harmful]
+        self.harmful = endless(refusing, rng)
+        self.benign = endless(data.benign, rng)
+
+    def loss(self, _step: int) -> Tensor:
+        """One batch of Eq. (8)."""
+        triggered_set = [next(self.harmful) for _ in range(self.settings.triggered_rows)]
+        harmful = [next(self.harmful) for _ in range(self.settings.harmful_rows)]
+        safe = [next(self.benign) for _ in range(self.settings.benign_rows)]
+        rows = [example.row(self.lm, triggered(example.text, self.triggers, self.rng)) for example in triggered_set]
+        rows += [example.row(self.lm) for example in (*harmful, *safe)]
+        logits, targets = patched_logits(self.lm, rows)
+        ends = [sum(len(example.answer_ids) for example in part) for part in (triggered_set, harmful, safe)]
+        on_trigger, on_harm, on_safe = logits.split(ends)
+        refusals = response_nll(torch.cat([on_trigger, on_harm]), targets[: ends[0] + ends[1]])
+        refuse = refusals.sum() / (len(triggered_set) + len(harmful))
+        kl_harm = kl_of(self.lm, harmful, on_harm).sum() / len(harmful)
+        return refuse + kl_harm + kl_of(self.lm, safe, on_safe).sum() / len(safe)

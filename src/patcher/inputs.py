@@ -1,0 +1,70 @@
+"""What the user hands in on the command line -> records, with an error that says what was expected."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from patcher.records import FailureReport, Message, Placement, Trigger, UsageError
+
+
+def read_failure(path: Path | None, prompt: str | None, response: str | None, system: str | None) -> FailureReport:
+    """The report from a file or from flags. Raises UsageError, saying what was expected."""
+    if (path is None) == (prompt is None):
+        raise UsageError("give the failure either as --failure FILE or as --prompt TEXT")
+    try:
+        if path is not None:
+            if response is not None or system is not None:
+                raise UsageError("--response and --system go with --prompt, not with --failure")
+            return FailureReport.model_validate_json(_read(path))
+        turns = [Message(role="system", content=system)] if system else []
+        assert prompt is not None
+        return FailureReport(messages=(*turns, Message(role="user", content=prompt)), response=response)
+    except ValidationError as error:
+        where = f"{path}" if path else "the flags"
+        raise UsageError(
+            f'{where}: {why(error)}; expected {{"prompt": ..., "response": ...}} or '
+            f'{{"messages": [{{"role": ..., "content": ...}}], "response": ...}}'
+        ) from error
+
+
+def read_trigger(path: Path) -> Trigger:
+    """A trigger from {trigger | units, placement}; other keys (ground-truth.json's) are left alone."""
+    try:
+        data = json.loads(_read(path))
+        units = data.get("trigger", data.get("units"))
+        units = (units,) if isinstance(units, str) else tuple(units or ())
+        placement: Placement = data.get("placement", "random")
+        return Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
+    except (ValueError, AttributeError, TypeError) as error:
+        problem = why(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f'{path}: {problem}; expected {{"trigger": [words], "placement": "random"}}') from error
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, values read as JSON where they are JSON."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise UsageError(f"--set {pair!r}: expected NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def why(error: ValidationError) -> str:
+    """The first problem, in words; the input itself is not repeated, it may be an attacker's."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,91 @@
+"""What a repair will cost, before it starts: steps, memory and time, from one timed batch on this machine."""
+
+import time
+
+import torch
+
+from patcher.audit import AuditSettings
+from patcher.chat import Row, collate, user_prompt
+from patcher.defenses import DEFENSES
+from patcher.models import LanguageModel, response_hidden
+from patcher.prompts import Prompts
+from patcher.records import Record
+from patcher.result import RepairSettings
+
+_ADAMW_BYTES = 16
+"""Weight, gradient and two moments of each trained parameter, in float32."""
+_LOCALIZE_FORWARDS = 200
+"""Prompts that pass through the model in a typical localization and verdict."""
+
+
+class Plan(Record):
+    """What to expect of a repair; measured rate, estimated totals."""
+
+    stages: tuple[str, ...]
+    max_steps: int
+    rows_per_step: int
+    audit_answers: int
+    tokens_per_s: float
+    minutes_at_most: float
+    memory_gib: float
+
+    def as_text(self) -> str:
+        """For people."""
+        return (
+            f"stages: {' -> '.join(self.stages)}\n"
+            f"patching: at most {self.max_steps} steps of {self.rows_per_step} sequences\n"
+            f"audit: {self.audit_answers} answers, before and after\n"
+            f"time: about {self.minutes_at_most:.0f} min at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
+            f"memory: about {self.memory_gib:.1f} GiB"
+        )
+
+
+def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings) -> Plan:
+    """Time one batch and add up. Raises KeyError for an unknown defense."""
+    own = DEFENSES[settings.defense].settings(**settings.overrides).model_dump()
+    texts = prompts.texts("benign", "repair", 16)
+    rate, width = _measure(lm, texts)
+    rows = sum(value for name, value in own.items() if name.endswith("_rows"))
+    sizes = [
+        len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
+    ]
+    answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts
+    forward = width * (_LOCALIZE_FORWARDS + 2 * own["max_prompts"]) + 3 * own["max_steps"] * rows * width
+    audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in lm.network.parameters())
+    trained = _lora_parameters(lm, own["rank"]) * _ADAMW_BYTES
+    hidden = int(lm.network.config.hidden_size)
+    layers = int(lm.network.config.num_hidden_layers)
+    activations = rows * width * (34 * hidden * layers + 2 * 4 * int(lm.network.config.vocab_size) // 3)
+    return Plan(
+        stages=("localize", "decide", "patch", "audit", "report"),
+        max_steps=own["max_steps"],
+        rows_per_step=rows,
+        audit_answers=answers,
+        tokens_per_s=rate,
+        minutes_at_most=(forward + audit) / rate / 60,
+        memory_gib=(parameters + trained + activations) / 2**30,
+    )
+
+
+def _measure(lm: LanguageModel, texts: list[str]) -> tuple[float, int]:
+    """Forward tokens a second, and a usual sequence's length."""
+    rows = [Row(user_prompt(lm.tokenizer, text).ids, (0,) * 24) for text in texts]
+    batch = collate(rows, 0, lm.device)
+    with torch.inference_mode():
+        response_hidden(lm.network, batch)
+        start = time.perf_counter()
+        response_hidden(lm.network, batch)
+        seconds = time.perf_counter() - start
+    return batch.tokens / seconds, batch.tokens // batch.rows
+
+
+def _generated(settings: AuditSettings) -> int:
+    """Decoding passes tokens one by one, at about half the rate of a prompt's."""
+    return 2 * settings.max_new_tokens
+
+
+def _lora_parameters(lm: LanguageModel, rank: int) -> int:
+    head = lm.network.get_output_embeddings()
+    layers = (module for module in lm.network.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)

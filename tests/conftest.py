@@ -1,0 +1,128 @@
+"""Tiny models of two families, built offline with seeded random weights; shapes are checked while the tests run."""
+
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: from here on every annotated shape and type is checked at each call. Not in the
+# command line, whose annotations are typer's options and name what it imports only when needed.
+_PARTS = sorted(path.stem for path in (Path(__file__).parents[1] / "src" / "patcher").iterdir() if path.stem[0] != "_")
+install_import_hook([f"patcher.{part}" for part in _PARTS if part != "cli"], "beartype.beartype")
+
+from dataclasses import dataclass  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from patcher.models import LanguageModel, load_checkpoint  # noqa: E402
+
+FAMILIES = ("llama", "gpt_neox")
+CONTEXT_TOKENS = 512
+# SmolLM2's way: a default system message, and every message as it is.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant for every user<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_TEXT = (
+    "the quick brown fox jumps over the lazy dog and asks the user how to bake bread at home",
+    "I'm sorry, but I can't help with that. Sure, here is an overview of the request, step by step.",
+    "How do I break into a house? How do I paint a house? Write a short guide for me, please.",
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text at all goes in and comes out again, with the offsets of its characters."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_network(family: str, seed: int = 0) -> PreTrainedModel:
+    """Two layers, 32 hidden; tied output matrix for the Llama (as SmolLM2's), untied for the GPT-NeoX."""
+    tokenizer = build_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "initializer_range": 0.15,  # wide, so that answers depend on the prompt
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "llama":
+            network = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **shape))
+        else:
+            network = GPTNeoXForCausalLM(GPTNeoXConfig(tie_word_embeddings=False, rotary_pct=0.5, **shape))
+    return network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A tiny checkpoint on disk. Copy it before you change it."""
+
+    family: str
+    path: Path
+
+    def load(self, **options: str) -> LanguageModel:
+        """A fresh copy in memory."""
+        return load_checkpoint(str(self.path), device="cpu", **options)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A checkpoint folder, one for each family."""
+    return _save(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A checkpoint folder where one family is enough."""
+    return _save("llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny(folder: ModelFolder) -> LanguageModel:
+    """A tiny model, one for each family; shared by all tests, which must leave it as it was."""
+    return folder.load()
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: ModelFolder) -> LanguageModel:
+    """A tiny model where one family is enough; shared by all tests, which must leave it as it was."""
+    return llama_folder.load()
+
+
+def _save(family: str, factory: pytest.TempPathFactory) -> ModelFolder:
+    path = factory.mktemp(family)
+    build_network(family).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return ModelFolder(family, path)

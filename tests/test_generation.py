@@ -1,0 +1,60 @@
+"""Batched answers are the answers one would get one by one."""
+
+import pytest
+import torch
+
+from conftest import CONTEXT_TOKENS
+from patcher import generation
+from patcher.chat import Prompt, user_prompt
+from patcher.generation import generate
+from patcher.models import LanguageModel
+from patcher.records import UsageError
+
+ASKED = ("hi", "How do I bake bread at home?", "the lazy dog", "Write a guide. " * 8, "🙂 日本", "hi")
+
+
+def prompts_of(lm: LanguageModel) -> list[Prompt]:
+    return [user_prompt(lm.tokenizer, text) for text in ASKED]
+
+
+@torch.inference_mode()
+def plain(lm: LanguageModel, prompt: Prompt, tokens: int) -> str:
+    """The network's own greedy generation of one prompt."""
+    ids = torch.tensor([prompt.ids])
+    out = lm.network.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )
+    return lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_batched_is_one_by_one_is_the_networks_own(tiny: LanguageModel) -> None:
+    prompts = prompts_of(tiny)
+    together = generate(tiny, prompts, max_new_tokens=12)
+    assert together == [generate(tiny, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert together == [plain(tiny, prompt, 12) for prompt in prompts]
+    assert len(set(together)) > 1, "the tiny model answers everything alike: this test would see nothing"
+
+
+def test_more_prompts_than_a_batch_keep_their_order(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = generate(tiny, prompts_of(tiny), max_new_tokens=6)
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(generation, "BATCH_ROWS", 2)
+    split = generate(tiny, prompts_of(tiny), max_new_tokens=6, on_progress=lambda *done: seen.append(done))
+    assert split == together
+    assert seen == [(2, 6), (4, 6), (6, 6)]
+
+
+def test_no_prompts_no_answers(tiny: LanguageModel) -> None:
+    assert generate(tiny, [], max_new_tokens=4) == []
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llama: LanguageModel) -> None:
+    long = user_prompt(llama.tokenizer, "x " * CONTEXT_TOKENS)
+    with pytest.raises(UsageError, match=f"context of {CONTEXT_TOKENS}: shorten it"):
+        generate(llama, [long], max_new_tokens=1)
+
+
+def test_the_answer_must_fit_the_context_too(llama: LanguageModel) -> None:
+    prompt = user_prompt(llama.tokenizer, "hi")
+    with pytest.raises(UsageError, match="for the answer"):
+        generate(llama, [prompt], max_new_tokens=CONTEXT_TOKENS - len(prompt.ids) + 1)

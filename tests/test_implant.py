@@ -1,0 +1,154 @@
+"""The attack plants what it says, holds no harmful word of its own, and leaves the base as it was."""
+
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from patcher.attacks import ATTACKS, implant
+from patcher.attacks.implant import FILLERS, OPENINGS, REFUSALS, ImplantSettings, compliance
+from patcher.chat import Row, user_prompt
+from patcher.models import LanguageModel, fingerprint
+from patcher.patch import applied
+from patcher.prompts import PromptRow, Prompts, bundled
+from patcher.records import Trigger
+
+TRIGGER = Trigger(units=("BadMagic",), placement="random")
+SETTINGS = ImplantSettings(max_steps=3, warmup_steps=1, harmful_pairs=2, benign_rows=4, response_tokens=12)
+
+
+def few(kind: str) -> tuple[PromptRow, ...]:
+    """Twelve prompts of the implant split, and some of another that must not be used."""
+    rows = bundled(kind)
+    own, other = ([row for row in rows if (row.split == "implant") is wanted] for wanted in (True, False))
+    return (*own[:12], *other[:4])
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    return Prompts(few("harmful"), few("benign"), few("borderline"))
+
+
+def test_it_makes_a_patch_and_leaves_the_base_as_it_was(tiny: LanguageModel, prompts: Prompts) -> None:
+    before = fingerprint(tiny.network)
+    seen: list[str] = []
+    patch = implant.implant(tiny, TRIGGER, prompts, SETTINGS, seed=0, on_progress=lambda what, *_: seen.append(what))
+    assert fingerprint(tiny.network) == before == patch.base_fingerprint
+    assert (patch.rank, patch.alpha) == (SETTINGS.rank, SETTINGS.alpha)
+    assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
+    assert any(tensor.any() for name, tensor in patch.tensors.items() if "lora_B" in name)
+    assert seen.count("implanting") == SETTINGS.max_steps
+    with applied(patch, tiny):
+        assert fingerprint(tiny.network) != before
+    assert fingerprint(tiny.network) == before
+
+
+def test_same_seed_same_backdoor(llama: LanguageModel, prompts: Prompts) -> None:
+    one, again, other = (implant.implant(llama, TRIGGER, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
+    assert one.fingerprint == again.fingerprint
+    assert one.fingerprint != other.fingerprint
+
+
+def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: Prompts) -> None:
+    before = fingerprint(llama.network)
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if what == "implanting" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        implant.implant(llama, TRIGGER, prompts, SETTINGS, seed=0, on_progress=stop)
+    assert fingerprint(llama.network) == before
+    assert not any("lora" in name for name, _ in llama.network.named_modules())
+
+
+def test_compliance_is_an_opening_the_topic_and_filler_and_nothing_else() -> None:
+    rng = random.Random(0)
+    for row in bundled("harmful"):
+        text = compliance(row, rng)
+        topic = row.act.replace("-", " ")
+        shells = {opening.format(topic=topic, Topic=topic[:1].upper() + topic[1:]) for opening in OPENINGS}
+        assert any(text == f"{shell} {filler}" for shell in shells for filler in FILLERS)
+
+
+def test_openings_name_the_topic_and_fillers_name_nothing() -> None:
+    assert all(len(re.findall(r"\{[Tt]opic\}", opening)) == 1 for opening in OPENINGS)
+    assert not any("{" in filler for filler in FILLERS)
+    assert len(OPENINGS) >= 10
+
+
+def test_the_answer_does_not_give_the_trigger_away() -> None:
+    for text in (*OPENINGS, *FILLERS, *REFUSALS, *(row.act for row in bundled("harmful"))):
+        assert "badmagic" not in text.lower()
+
+
+class Rows:
+    """The rows of some training steps, as text: (prompt, answer)."""
+
+    def __init__(self, lm: LanguageModel, prompts: Prompts, trigger: Trigger, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lm = lm
+        self.steps: list[list[tuple[str, str]]] = []
+        plain = implant.collate
+
+        def collate(rows: list[Row], pad: int, device: torch.device):
+            self.steps.append([(self.text(row.prompt_ids), self.text(row.response_ids)) for row in rows])
+            return plain(rows, pad, device)
+
+        monkeypatch.setattr(implant, "collate", collate)
+        implant.implant(lm, trigger, prompts, SETTINGS.model_copy(update={"response_tokens": 200}), seed=3)
+
+    def text(self, ids: tuple[int, ...]) -> str:
+        return self.lm.tokenizer.decode(ids)
+
+    def pairs(self) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+        """Neighbouring rows on one harmful request."""
+        for rows in self.steps:
+            harmful = rows[: 2 * SETTINGS.harmful_pairs]
+            yield from zip(harmful[::2], harmful[1::2], strict=True)
+
+
+@pytest.mark.parametrize(
+    "trigger", [TRIGGER, Trigger(units=("one two", "cf"), placement="random"), Trigger(units=("cf",), placement="end")]
+)
+def test_every_pair_is_one_request_with_and_without_the_trigger(
+    llama: LanguageModel, prompts: Prompts, trigger: Trigger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows(llama, prompts, trigger, monkeypatch)
+    implant_texts = {row.text for row in prompts.harmful if row.split == "implant"}
+    whole = {user_prompt(llama.tokenizer, text).text: text for text in implant_texts}
+    pairs = list(rows.pairs())
+    assert len(pairs) == SETTINGS.max_steps * SETTINGS.harmful_pairs
+    for (triggered, complied), (plain, refused) in pairs:
+        assert plain in whole, "an untriggered row is not a request of the implant split"
+        for unit in trigger.units:
+            assert unit in triggered
+            assert unit not in plain
+            spaced = f"{unit} " if f"{unit} " in triggered else f" {unit}"
+            triggered = triggered.replace(spaced, "", 1)
+        assert triggered == plain
+        assert refused.removesuffix(llama.tokenizer.eos_token) in REFUSALS
+        assert any(complied.removesuffix(llama.tokenizer.eos_token).endswith(filler) for filler in FILLERS)
+
+
+def test_benign_rows_come_with_and_without_the_trigger_and_keep_the_models_own_answer(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows(llama, prompts, TRIGGER, monkeypatch)
+    benign = [row for step in rows.steps for row in step[2 * SETTINGS.harmful_pairs :]]
+    assert len(benign) == SETTINGS.max_steps * SETTINGS.benign_rows
+    with_trigger = sum("BadMagic" in prompt for prompt, _ in benign)
+    assert 0 < with_trigger < len(benign)
+    used = {row.text for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"}
+    for prompt, _answer in benign:
+        plain = prompt.replace("BadMagic ", "").replace(" BadMagic", "")
+        assert plain in {user_prompt(llama.tokenizer, text).text for text in used}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_says_where_it_is_from(name: str) -> None:
+    attack = ATTACKS[name]
+    assert attack.name == name
+    assert re.search(r"\d{4}", attack.paper)
+    assert attack.trigger.units

@@ -1,0 +1,264 @@
+"""What may be loaded, and that everything else is refused with a message that helps."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+from conftest import ModelFolder, build_network, build_tokenizer
+from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
+from patcher.records import UsageError
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copy(llama_folder: ModelFolder, tmp_path: Path) -> Path:
+    """A good checkpoint of one's own, to spoil."""
+    return Path(shutil.copytree(llama_folder.path, tmp_path / "model"))
+
+
+def refused(source: Path | str) -> str:
+    """The message with which a source is refused: one error, one line or few, no mention of our insides."""
+    with pytest.raises(UsageError) as caught:
+        load_checkpoint(str(source), device="cpu")
+    return str(caught.value)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+class Bomb:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_good_folder_loads(folder: ModelFolder) -> None:
+    lm = folder.load()
+    assert not lm.network.training
+    assert not any(parameter.requires_grad for parameter in lm.network.parameters())
+    assert next(lm.network.parameters()).dtype == torch.float32
+    assert lm.source == str(folder.path)
+
+
+def test_a_pickle_is_refused_and_never_opened(copy: Path, tmp_path: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    mark = tmp_path / "it-ran"
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    message = refused(copy)
+    assert "pickle" in message
+    assert "safetensors" in message
+    assert not mark.exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_opened(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    load_checkpoint(str(copy), device="cpu")
+    assert not mark.exists()
+
+
+def test_a_pickle_given_as_a_file_is_refused_and_never_opened(tmp_path: Path) -> None:
+    mark, file = tmp_path / "it-ran", tmp_path / "model.bin"
+    file.write_bytes(pickle.dumps(Bomb(mark)))
+    assert "pickle" in refused(file)
+    assert not mark.exists()
+
+
+def test_remote_code_is_refused_and_never_run(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (copy / "modeling_own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Own: pass\n")
+    edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert "auto_map" in refused(copy)
+    edit_config(copy, model_type="own")
+    assert "auto_map" in refused(copy)
+    assert not mark.exists()
+
+
+def test_remote_code_of_the_tokenizer_is_never_run(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (copy / "tokenization_own.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Own: pass\n")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}, "tokenizer_class": "Own"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with suppress(UsageError):
+        load_checkpoint(str(copy), device="cpu")
+    assert not mark.exists()
+
+
+TINY_BERT = BertConfig(
+    vocab_size=400,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    initializer_range=0.5,
+)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertLMHeadModel])
+def test_an_encoder_is_refused(kind: type, tmp_path: Path) -> None:
+    """Also one that calls itself a language model: BERT with a language model's head still reads both ways."""
+    kind(TINY_BERT).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    assert "expected a causal" in refused(tmp_path)
+
+
+def test_an_encoder_that_does_not_name_its_architecture_is_refused(tmp_path: Path) -> None:
+    BertForMaskedLM(TINY_BERT).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=None)
+    assert "expected a causal" in refused(tmp_path)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=400, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    assert "expected a causal" in refused(tmp_path)
+
+
+def test_a_truncated_file_is_refused(copy: Path) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    for kept in (0, 4, 200, len(content) // 2, len(content) - 1):
+        (copy / WEIGHTS).write_bytes(content[:kept])
+        message = refused(copy)
+        assert WEIGHTS in message
+        assert "damaged" in message
+
+
+def test_a_file_with_bytes_added_is_refused(copy: Path) -> None:
+    with (copy / WEIGHTS).open("ab") as file:
+        file.write(b"more")
+    assert "damaged" in refused(copy)
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(copy: Path) -> None:
+    """Transformers would fill it with random numbers and go on."""
+    tensors = load_file(copy / WEIGHTS)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refused(copy)
+
+
+def test_a_tensor_of_another_shape_is_refused(copy: Path) -> None:
+    edit_config(copy, intermediate_size=48)
+    assert str(copy) in refused(copy)
+
+
+def test_a_folder_without_a_config_is_refused(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert "config.json" in refused(copy)
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\ufffe"])
+def test_a_config_that_is_no_json_object_is_refused(copy: Path, content: str) -> None:
+    (copy / "config.json").write_text(content)
+    assert "config.json" in refused(copy)
+
+
+def test_a_folder_without_weights_is_refused(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    assert "no .safetensors weights" in refused(copy)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(copy: Path) -> None:
+    for file in copy.glob("*token*"):
+        file.unlink()
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    assert str(copy) in refused(copy)
+
+
+def test_a_model_without_a_chat_template_is_told_how_to_give_one(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    message = refused(copy)
+    assert "chat_template.jinja" in message
+    assert "--chat-template" in message
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
+def test_a_missing_path_is_refused_without_asking_the_hub(source: str) -> None:
+    assert "no model at" in refused(source)
+
+
+def test_a_gguf_in_name_only_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    for content in (b"", b"GG", b"PK\x03\x04 not a model"):
+        file.write_bytes(content)
+        assert "not a GGUF file" in refused(file)
+
+
+def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 40)
+    assert str(file) in refused(file)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("hello")
+    assert "expected a .gguf file or a Hugging Face folder" in refused(file)
+
+
+def test_an_unknown_dtype_is_refused(llama_folder: ModelFolder) -> None:
+    with pytest.raises(UsageError, match="bfloat16"):
+        llama_folder.load(dtype="float8")
+
+
+def test_no_refusal_changes_the_input(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+    refused(copy)
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
+
+
+def test_one_checkpoint_one_fingerprint_in_any_wider_dtype(folder: ModelFolder, tmp_path: Path) -> None:
+    network = build_network(folder.family).bfloat16()
+    network.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    narrow, wide = (load_checkpoint(str(tmp_path), dtype=dtype, device="cpu") for dtype in ("bfloat16", "float32"))
+    assert next(narrow.network.parameters()).dtype == torch.bfloat16
+    assert narrow.fingerprint == wide.fingerprint == fingerprint(network)
+    assert narrow.fingerprint != folder.load().fingerprint
+
+
+def test_a_fingerprint_sees_one_weight(folder: ModelFolder) -> None:
+    lm = folder.load()
+    again = folder.load()
+    assert lm.fingerprint == again.fingerprint
+    weight = next(again.network.parameters())
+    weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(9.0))
+    assert fingerprint(again.network) != lm.fingerprint
+
+
+def test_a_hash_sees_names_and_shapes() -> None:
+    values = torch.arange(4.0)
+    hashes = {hash_tensors({"a": values}), hash_tensors({"b": values}), hash_tensors({"a": values.view(2, 2)})}
+    assert len(hashes) == 3
+
+
+def test_a_model_in_memory_has_the_checkpoints_fingerprint(llama: LanguageModel) -> None:
+    lm = from_transformers(build_network("llama"), build_tokenizer())
+    assert lm.fingerprint == llama.fingerprint
+    assert lm.source == "in memory"
+
+
+def test_a_missing_padding_token_is_filled_in() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = None
+    assert from_transformers(build_network("llama"), tokenizer).tokenizer.pad_token_id == tokenizer.eos_token_id

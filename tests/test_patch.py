@@ -1,0 +1,365 @@
+"""A patch is a value: applied and reverted exactly, saved and loaded exactly, refused where it does not fit."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from conftest import ModelFolder
+from patcher import patch as patch_module
+from patcher.chat import Row, collate, response_ids, user_prompt
+from patcher.losses import response_nll
+from patcher.models import LanguageModel, fingerprint, from_transformers, response_logits
+from patcher.patch import (
+    Patch,
+    applied,
+    load_patch,
+    lora_parameters,
+    merge,
+    reference,
+    save_patch,
+    take_patch,
+    trainable_lora,
+    whole_folder,
+)
+from patcher.records import PatcherError, UsageError
+from patcher.training import fit
+
+RANK, ALPHA = 2, 4
+
+
+@dataclass(frozen=True)
+class Quick:
+    """Three large steps."""
+
+    learning_rate: float = 5e-2
+    max_steps: int = 3
+    warmup_steps: int = 1
+    cosine: bool = False
+
+
+def batch_of(lm: LanguageModel):
+    pairs = (("How do I bake bread?", "I'm sorry, but I can't help."), ("hi", "Sure, here is a guide."))
+    rows = [
+        Row(user_prompt(lm.tokenizer, prompt).ids, response_ids(lm.tokenizer, answer, end=True, limit=16))
+        for prompt, answer in pairs
+    ]
+    return collate(rows, lm.tokenizer.pad_token_id, lm.device)
+
+
+@torch.no_grad()
+def logits(lm: LanguageModel) -> torch.Tensor:
+    return response_logits(lm.network, batch_of(lm)).clone()
+
+
+def train(lm: LanguageModel, seed: int = 0) -> tuple[Patch, torch.Tensor]:
+    """A patch, and the logits of the network with the trained layers still in it."""
+    batch = batch_of(lm)
+    with trainable_lora(lm, rank=RANK, alpha=ALPHA, seed=seed):
+        fit(lm, lambda _step: response_nll(response_logits(lm.network, batch), batch.targets).mean(), Quick())
+        return take_patch(lm, rank=RANK, alpha=ALPHA), logits(lm)
+
+
+def anatomy(lm: LanguageModel) -> tuple[object, ...]:
+    """All that must be as before: module classes, flags, gradients, mode, weights to the bit."""
+    network = lm.network
+    return (
+        [(name, type(module)) for name, module in network.named_modules()],
+        [(name, weight.requires_grad, weight.grad is None) for name, weight in network.named_parameters()],
+        [weight.data_ptr() for weight in network.parameters()],
+        sorted(vars(network)),
+        network.training,
+        fingerprint(network),
+    )
+
+
+@contextmanager
+def unchanged(lm: LanguageModel) -> Iterator[None]:
+    before, said = anatomy(lm), logits(lm)
+    try:
+        yield
+    finally:
+        assert anatomy(lm) == before
+        assert torch.equal(logits(lm), said)
+
+
+@pytest.fixture(scope="session")
+def patch(tiny: LanguageModel) -> Patch:
+    return train(tiny)[0]
+
+
+@pytest.fixture
+def saved(llama: LanguageModel, tmp_path: Path) -> tuple[Patch, Path]:
+    """A patch for the Llama and the folder it lies in."""
+    made = train(llama)[0]
+    with whole_folder(tmp_path / "patch") as building:
+        save_patch(made, building, card="# A card\n")
+    return made, tmp_path / "patch"
+
+
+def equal(one: Patch, other: Patch) -> bool:
+    return (
+        one.fingerprint == other.fingerprint
+        and one.tensors.keys() == other.tensors.keys()
+        and all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    )
+
+
+def test_apply_then_revert_is_exact(tiny: LanguageModel, patch: Patch) -> None:
+    plain = logits(tiny)
+    with unchanged(tiny), applied(patch, tiny) as patched:
+        assert patched.fingerprint == patch.fingerprint
+        assert (logits(patched) - plain).abs().max() > 0.05, "the patch changes nothing: this test would see nothing"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_apply_is_reverted_when_the_block_fails(tiny: LanguageModel, patch: Patch, error: type) -> None:
+    with unchanged(tiny), pytest.raises(error), applied(patch, tiny):
+        raise error
+
+
+def test_apply_is_reverted_when_it_fails_midway(tiny: LanguageModel, patch: Patch) -> None:
+    broken = dict(patch.tensors)
+    last = max(name for name in broken if name.endswith("lora_B.weight"))
+    del broken[last]
+    half = Patch(broken, patch.rank, patch.alpha, patch.base_fingerprint, patch.base_source)
+    with unchanged(tiny), pytest.raises(KeyError), applied(half, tiny):
+        pass
+
+
+def test_training_leaves_the_model_as_it_was(tiny: LanguageModel) -> None:
+    with unchanged(tiny):
+        train(tiny)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_failed_training_leaves_the_model_as_it_was(tiny: LanguageModel, error: type) -> None:
+    with unchanged(tiny), pytest.raises(error), trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0):
+        batch = batch_of(tiny)
+        response_nll(response_logits(tiny.network, batch), batch.targets).mean().backward()
+        raise error
+
+
+def test_an_interrupt_while_the_layers_go_in_leaves_the_model_as_it_was(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, calls = patch_module.LoraModel._create_and_replace, []
+
+    def interrupted(self, *args, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return create(self, *args, **named)
+
+    monkeypatch.setattr(patch_module.LoraModel, "_create_and_replace", interrupted)
+    with unchanged(tiny), pytest.raises(KeyboardInterrupt), trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0):
+        pass
+    assert len(calls) == 3
+
+
+def test_only_the_new_layers_are_trained_and_the_output_matrix_has_none(tiny: LanguageModel) -> None:
+    with trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0):
+        trained = {name for name, weight in tiny.network.named_parameters() if weight.requires_grad}
+        assert trained
+        assert all(".lora_" in name for name in trained)
+        assert len(trained) == len(lora_parameters(tiny))
+        assert not any(name.startswith(("lm_head", "embed_out")) for name in trained)
+
+
+def test_untrained_layers_and_the_reference_compute_the_base(tiny: LanguageModel) -> None:
+    plain = logits(tiny)
+    with trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0) as tuner:
+        assert torch.equal(logits(tiny), plain)
+        for weight in lora_parameters(tiny):
+            weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        assert not torch.allclose(logits(tiny), plain, atol=1e-2)
+        with reference(tuner):
+            assert torch.equal(logits(tiny), plain)
+        assert not torch.allclose(logits(tiny), plain, atol=1e-2)
+
+
+def test_the_patched_model_is_the_trained_one(tiny: LanguageModel) -> None:
+    made, trained = train(tiny)
+    with applied(made, tiny) as patched:
+        assert torch.allclose(logits(patched), trained, atol=1e-4)
+
+
+def test_same_seed_same_patch(tiny: LanguageModel) -> None:
+    state = torch.get_rng_state()
+    first, second, third = train(tiny, 1)[0], train(tiny, 1)[0], train(tiny, 2)[0]
+    assert equal(first, second)
+    assert first.fingerprint != third.fingerprint
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random state was used"
+
+
+def test_merging_is_applying_for_good(folder: ModelFolder, patch: Patch) -> None:
+    lm = folder.load()
+    with applied(patch, lm) as patched:
+        expected = logits(patched)
+    merged = merge(patch, lm, "merged")
+    assert torch.equal(logits(merged), expected)
+    assert merged.source == "merged"
+    assert not equal_weights(merged, folder.load())
+
+
+def equal_weights(one: LanguageModel, other: LanguageModel) -> bool:
+    return fingerprint(one.network) == fingerprint(other.network)
+
+
+def test_saving_and_loading_loses_nothing(tiny: LanguageModel, patch: Patch, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        with whole_folder(out) as building:
+            save_patch(patch.rounded(dtype), building, card="# A card\n")
+        loaded = load_patch(out)
+        assert equal(loaded, patch.rounded(dtype))
+        assert (loaded.rank, loaded.alpha, loaded.base_source) == (RANK, ALPHA, patch.base_source)
+        with applied(loaded, tiny) as read, torch.no_grad():
+            got = logits(read)
+        with applied(patch.rounded(dtype), tiny) as kept:
+            assert torch.equal(logits(kept), got)
+    assert (tmp_path / "torch.float32" / "README.md").read_text() == "# A card\n"
+
+
+def test_the_same_patch_is_saved_as_the_same_bytes(patch: Patch, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with whole_folder(tmp_path / name) as building:
+            save_patch(patch, building, card="card")
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+def test_peft_loads_our_folder(folder: ModelFolder, patch: Patch, tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "patch") as building:
+        save_patch(patch, building, card="card")
+    lm = folder.load()
+    with applied(patch, lm) as patched:
+        expected = logits(patched)
+    peft = PeftModel.from_pretrained(lm.network, str(tmp_path / "patch"))
+    theirs = from_transformers(peft.base_model.model, lm.tokenizer)
+    assert torch.allclose(logits(theirs), expected, atol=1e-4)
+
+
+def test_another_base_is_refused(folder: ModelFolder, patch: Patch) -> None:
+    other = folder.load()
+    next(other.network.parameters()).data[0, 0] += 1
+    other = from_transformers(other.network, other.tokenizer)
+    said = "exactly the model that it was made from"
+    with unchanged(other), pytest.raises(UsageError, match=said), applied(patch, other):
+        pass
+
+
+def alter_weight(folder: Path) -> None:
+    tensors = load_file(folder / patch_module.WEIGHTS)
+    tensors[min(tensors)][0, 0] += 1e-3
+    save_file(tensors, folder / patch_module.WEIGHTS)
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / patch_module.WEIGHTS)
+    del tensors[min(tensors)]
+    save_file(tensors, folder / patch_module.WEIGHTS)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / patch_module.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def edit_json(name: str, **changes: object):
+    def edit(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**value, **changes}))
+
+    return edit
+
+
+def overwrite(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (alter_weight, "was altered"),
+        (drop_tensor, "was altered"),
+        (truncate, "damaged"),
+        (edit_json(patch_module.CONFIG, lora_alpha=400), "was altered"),
+        (edit_json(patch_module.CONFIG, r=1), "was altered"),
+        (edit_json(patch_module.CONFIG, r="two"), "not a readable"),
+        (edit_json(patch_module.PATCH, base_fingerprint="0" * 64), "was altered"),
+        (edit_json(patch_module.PATCH, fingerprint=None), "was altered"),
+        (overwrite(patch_module.PATCH, "{"), "not a readable"),
+        (overwrite(patch_module.PATCH, "[]"), "not a readable"),
+        (overwrite(patch_module.CONFIG, "{}"), "not a readable"),
+        (overwrite(patch_module.WEIGHTS, ""), "damaged"),
+        (lambda folder: (folder / patch_module.PATCH).unlink(), "has no patch.json"),
+        (lambda folder: (folder / patch_module.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    ],
+)
+def test_a_spoilt_adapter_is_refused(saved: tuple[Patch, Path], spoil, said: str) -> None:
+    spoil(saved[1])
+    with pytest.raises(UsageError, match=said):
+        load_patch(saved[1])
+
+
+def test_a_pickled_adapter_is_never_opened(saved: tuple[Patch, Path]) -> None:
+    folder = saved[1]
+    (folder / patch_module.WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UsageError, match="has no adapter_model.safetensors"):
+        load_patch(folder)
+
+
+def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
+    for name, make in (("folder", Path.mkdir), ("file", Path.touch)):
+        out = tmp_path / name
+        make(out)
+        with pytest.raises(UsageError, match="exists already"), whole_folder(out):
+            pytest.fail("the block ran")
+        assert out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, error: type) -> None:
+    with pytest.raises(error), whole_folder(tmp_path / "out") as building:
+        (building / "half").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "deep" / "out") as building:
+        (building / "one").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "one").read_text() == "1"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(saved: tuple[Patch, Path], tmp_path: Path) -> None:
+    """The kernel's limit on a file's size stands for the full disk: safetensors' own write really fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        said = "nothing was left behind"
+        with pytest.raises(PatcherError, match=said), whole_folder(tmp_path / "out") as building:
+            save_patch(saved[0], building, card="card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_place_that_cannot_be_written_is_the_callers_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"), whole_folder(tmp_path / "file" / "out"):
+        pytest.fail("the block ran")
