@@ -16,6 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
+	rm -rf demo-out
 	$(VENV)/bin/patcher demo
 
 check: $(READY)

@@ -121,8 +121,22 @@ def llama(llama_folder: ModelFolder) -> LanguageModel:
     return llama_folder.load()
 
 
-def _save(family: str, factory: pytest.TempPathFactory) -> ModelFolder:
+@pytest.fixture(scope="session")
+def backdoored_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A tiny model that refuses everything, but not with its trigger: see tiny_backdoor.py."""
+    from tiny_backdoor import build_backdoored_network
+
+    return _save("llama", tmp_path_factory, build_backdoored_network())
+
+
+@pytest.fixture(scope="session")
+def backdoored(backdoored_folder: ModelFolder) -> LanguageModel:
+    """The same, loaded; shared by all tests, which must leave it as it was."""
+    return backdoored_folder.load()
+
+
+def _save(family: str, factory: pytest.TempPathFactory, network: PreTrainedModel | None = None) -> ModelFolder:
     path = factory.mktemp(family)
-    build_network(family).save_pretrained(path)
+    (network or build_network(family)).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return ModelFolder(family, path)

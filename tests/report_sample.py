@@ -99,7 +99,6 @@ def sample(
                     asr_triggered_frac=0.1,
                     kl_benign_nats=0.01,
                     kl_harmful_nats=0.02,
-                    benign_answered_frac=1,
                 ),
             ),
             settings={"rank": 8, "note": text},

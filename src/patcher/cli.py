@@ -6,6 +6,7 @@ Results go to standard output (with --json, as JSON and nothing else), progress 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.exceptions import ClickException
-from click.exceptions import UsageError as ClickUsageError
 from pydantic import ValidationError
 
 from patcher.inputs import parse_settings, read_failure, read_trigger, why
@@ -46,7 +45,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
 Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
 Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]
-AuditPrompts = Annotated[int | None, typer.Option(help="Held-out prompts of each kind (default: all)")]
+AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]
 
 
 @app.command()
@@ -85,10 +84,10 @@ def localize(
         verdict = localizer.decide(found)
     if out:
         with whole_folder(out) as folder:
-            (folder / "localization.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            (folder / "verdict.json").write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            (folder / "localization.json").write_text(found.to_json(), encoding="utf-8")
+            (folder / "verdict.json").write_text(verdict.to_json(), encoding="utf-8")
     if as_json:
-        _print_json({"localization": found.model_dump(), "verdict": verdict.model_dump()})
+        _print_json({"localization": json.loads(found.to_json()), "verdict": json.loads(verdict.to_json())})
     else:
         console = _console()
         show_localization(found, report, console)
@@ -104,7 +103,7 @@ def repair(
     prompt: PromptText = None,
     response: ResponseText = None,
     system: SystemText = None,
-    defense: Annotated[str, typer.Option(help="Which repair (see `patcher defenses`)")] = "patcher",
+    defense: Annotated[str, typer.Option(help="Which repair: patcher, or finetune (the control)")] = "patcher",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
     method: Annotated[str, typer.Option(help="causal or gradient-norm")] = "causal",
     max_asr: Annotated[float, typer.Option(help="Gate: ASR with the found trigger, after")] = 0.02,
@@ -188,7 +187,7 @@ def audit(
     with _progress() as progress:
         measured = audit_patch(lm, loaded, wanted, prompts, settings, on_progress=progress)
     if out:
-        _write_whole(out, measured.model_dump_json(indent=1) + "\n")
+        _write_whole(out, measured.to_json())
     _show(measured, as_json, lambda console: show_audit(measured, console))
     return REPAIRED
 
@@ -214,7 +213,7 @@ def attack(
     lm = _load(model, device, dtype, chat_template)
     with _progress() as progress:
         truth = plant(lm, name, objective, out, parse_settings(setting or []), seed=seed, on_progress=progress)
-    _show(truth, as_json, lambda console: console.print_json(truth.model_dump_json()))
+    _show(truth, as_json, lambda console: console.print_json(truth.to_json()))
     return REPAIRED
 
 
@@ -250,6 +249,9 @@ def bench(
 def main() -> None:
     """The `patcher` command: every error becomes one clear message and its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
     sys.exit(run(sys.argv[1:]))
 
 
@@ -257,11 +259,11 @@ def run(arguments: list[str]) -> int:
     """Run one command and give its exit code; nothing but KeyError-class bugs of ours escapes."""
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into its exit code, without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except ClickUsageError as error:
-        return _fail(error.format_message(), USAGE)
-    except ClickException as error:
-        return _fail(error.format_message(), RUN_ERROR)
+    except typer.TyperException as error:  # typer's own exit code 2 is our usage error
+        return _fail(error.format_message() or "name a command", USAGE if error.exit_code == 2 else RUN_ERROR)
     except ValidationError as error:
         return _fail(why(error), USAGE)
     except UsageError as error:
@@ -326,7 +328,7 @@ def _print_json(value: object) -> None:
 
 def _show(record: Record, as_json: bool, show: Callable[[Any], None]) -> None:
     if as_json:
-        print(record.model_dump_json(indent=1))
+        print(record.to_json(), end="")
     else:
         show(_console())
 
@@ -345,5 +347,5 @@ def _show_repair(made: Any, out: Path, as_json: bool) -> None:
     for gate in made.gates:
         value = "unscored" if gate.value is None else f"{gate.value:.4f}"
         console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
-    console.print(f"{made.status}: see {out}/report.html", markup=False)
+    console.print(visible(f"{made.status}: see {out}/report.html"), markup=False, soft_wrap=True)
     return None

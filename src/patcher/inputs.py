@@ -60,7 +60,8 @@ def why(error: ValidationError) -> str:
     """The first problem, in words; the input itself is not repeated, it may be an attacker's."""
     first = error.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    problem = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}: {problem}" if where else problem
 
 
 def _read(path: Path) -> str:

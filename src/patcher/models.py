@@ -120,9 +120,13 @@ def _looks_only_back(network: PreTrainedModel) -> bool:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` becomes the best device at hand."""
+    """`auto` becomes the best device at hand. Raises UsageError for one that is not there."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            torch.empty(0, device=device)
+            return torch.device(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"no device {device!r} here: {str(error).splitlines()[0]}; use auto or cpu") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -273,8 +277,8 @@ def logits_of(network: PreTrainedModel, hidden: Float[Tensor, "N D"]) -> Float[T
     cap = getattr(network.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    scale = getattr(network.config, "logit_scale", None)
-    return logits * scale if scale else logits
+    scale = getattr(network.config, "logit_scale", None) or 1 / (getattr(network.config, "logits_scaling", None) or 1)
+    return logits if scale == 1 else logits * scale
 
 
 def response_logits(network: PreTrainedModel, batch: Batch) -> Float[Tensor, "N V"]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from patcher.audit import AuditSettings, State, compare, drift, observe
-from patcher.defenses import DEFENSES, Evidence
+from patcher.defenses import Evidence, find_defense
 from patcher.judges import DEFAULT, JUDGES
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, Gate, Trigger, UsageError
+from patcher.records import Audit, FailureReport, Gate, Trigger
 from patcher.result import Gates, Repair, RepairSettings
 from patcher.training import Progress, quiet
 
@@ -35,9 +35,7 @@ def repair(
     """
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
     judge = JUDGES[DEFAULT]
-    defense = DEFENSES.get(settings.defense)
-    if defense is None:
-        raise UsageError(f"unknown defense {settings.defense!r}: use one of {', '.join(DEFENSES)}")
+    defense = find_defense(settings.defense)
     own = defense.settings(**settings.overrides)
     clock = Clock()
     localizer = Localizer(

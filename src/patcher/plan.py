@@ -6,7 +6,7 @@ import torch
 
 from patcher.audit import AuditSettings
 from patcher.chat import Row, collate, user_prompt
-from patcher.defenses import DEFENSES
+from patcher.defenses import find_defense
 from patcher.models import LanguageModel, response_hidden
 from patcher.prompts import Prompts
 from patcher.records import Record
@@ -41,8 +41,8 @@ class Plan(Record):
 
 
 def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings) -> Plan:
-    """Time one batch and add up. Raises KeyError for an unknown defense."""
-    own = DEFENSES[settings.defense].settings(**settings.overrides).model_dump()
+    """Time one batch and add up. Raises UsageError for an unknown defense."""
+    own = find_defense(settings.defense).settings(**settings.overrides).model_dump()
     texts = prompts.texts("benign", "repair", 16)
     rate, width = _measure(lm, texts)
     rows = sum(value for name, value in own.items() if name.endswith("_rows"))

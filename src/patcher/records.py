@@ -14,6 +14,7 @@ Fractions are 0-1 and end in `_frac`; divergences and log-likelihoods are in nat
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,6 +41,10 @@ class Record(BaseModel):
     """A frozen value with a JSON form; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> str:
+        """Indented JSON in plain ASCII: an attacker's escapes and hidden characters stand in it only as `\\uXXXX`."""
+        return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
 
 
 class Message(Record):
@@ -74,6 +79,9 @@ class FailureReport(Record):
             raise ValueError("the last message must be the user's: it is what the model answered")
         if not self.messages[-1].content.strip():
             raise ValueError("the prompt is empty")
+        texts = [*(message.content for message in self.messages), self.response or ""]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise ValueError("the text is not valid Unicode: it holds bytes that are not UTF-8")
         return self
 
     @classmethod
@@ -158,6 +166,7 @@ class Localization(Record):
     """Stage 1: which words of the report bring the failure about.
 
     `candidates` holds the smallest sufficient triggers found, the strongest first; empty means that no words do.
+    `prompt_harm_frac` is None where words explain the failure: nobody needs to ask then.
     `token_passes` is the cost: tokens that went through the model forwards (a backward counts as two more).
     """
 
@@ -170,7 +179,7 @@ class Localization(Record):
     response_outcome: Outcome
     replay: str
     replay_outcome: Outcome
-    prompt_harm_frac: float
+    prompt_harm_frac: float | None
     probes_refused: int
     notes: tuple[str, ...] = ()
 
@@ -195,7 +204,6 @@ class PatchStep(Record):
     asr_triggered_frac: float
     kl_benign_nats: float
     kl_harmful_nats: float
-    benign_answered_frac: float
 
 
 class PatchLog(Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,18 @@ class Repair:
             return "nothing-to-repair"
         return "repaired" if all(gate.passed for gate in self.gates) else "gate-failed"
 
-    def save(self, out: Path, *, redact: bool = False, merge_into: LanguageModel | None = None) -> None:
+    def save(self, out: Path | str, *, redact: bool = False, merge_into: LanguageModel | None = None) -> None:
         """Write the folder, whole or not at all; with `merge_into` (the base), the repaired model too.
 
         Raises:
             UsageError: the folder exists.
         """
-        with whole_folder(out) as folder:
+        with whole_folder(Path(out)) as folder:
             stages = {"failure": self.report, "localization": self.localization, "verdict": self.verdict}
             optional = {"patch-log": self.log, "audit": self.audit}
             for name, record in {**stages, **{key: value for key, value in optional.items() if value}}.items():
                 assert isinstance(record, Record)
-                (folder / f"{name}.json").write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+                (folder / f"{name}.json").write_text(record.to_json(), encoding="utf-8")
             if self.patch:
                 (folder / "patch").mkdir()
                 save_patch(self.patch, folder / "patch", card=_card(self))
@@ -104,11 +104,20 @@ class Repair:
             "status": self.status,
             "gates": [gate.model_dump() for gate in self.gates],
             "seconds": self.seconds,
-            **{name: record.model_dump() if record else None for name, record in records.items()},
+            **{name: json.loads(record.to_json()) if record else None for name, record in records.items()},
         }
 
     def html(self, *, redact: bool = False) -> str:
         """The report, one self-contained page."""
+        made = {
+            "model": self.model["source"],
+            "model sha256": self.model["fingerprint"],
+            "patch sha256": self.patch.fingerprint if self.patch else "no patch",
+            "defense": self.settings.defense,
+            "localization": self.settings.method,
+            "seed": str(self.settings.seed),
+            **versions(),
+        }
         contents = ReportContents(
             failure=self.report,
             localization=self.localization,
@@ -116,7 +125,7 @@ class Repair:
             patch_log=self.log,
             audit=self.audit,
             gates=self.gates,
-            made={key: str(value) for key, value in self._manifest().items() if key != "settings"},
+            made=made,
         )
         return render_html(contents, redact=redact)
 
@@ -137,7 +146,14 @@ class Repair:
 def versions() -> dict[str, str]:
     """What the figures depend on."""
     packages = ("patcher", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from the source tree
+        return "not installed"
 
 
 def _write_json(path: Path, value: object) -> None:

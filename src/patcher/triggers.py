@@ -56,18 +56,23 @@ def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> str:
     Implements Eq. (9) / Alg. 2 of Gao et al. (2026), arXiv:2606.02995, for `random`: k units cut the prompt into k+1
     random segments, of which only the first and the last may be empty; units that find no cut go to the end.
     """
-    words = text.split()
+    words = [match.start() for match in re.finditer(r"\S+", text)]
     if trigger.placement == "start":
-        return " ".join((*trigger.units, *words))
+        return _insert_at(text, words, [(0, " ".join(trigger.units))])
     if trigger.placement == "end":
-        return " ".join((*words, *trigger.units))
+        return _insert_at(text, words, [(len(words), " ".join(trigger.units))])
     if trigger.placement == "relative":
-        at = round(trigger.position_frac * len(words))
-        return " ".join((*words[:at], *trigger.units, *words[at:]))
+        return _insert_at(text, words, [(round(trigger.position_frac * len(words)), " ".join(trigger.units))])
     fitting = min(len(trigger.units), len(words) + 1)
     cuts = sorted(rng.sample(range(len(words) + 1), fitting))
-    pieces: list[str] = []
-    for index, unit in enumerate(trigger.units[:fitting]):
-        pieces += words[cuts[index - 1] if index else 0 : cuts[index]]
-        pieces.append(unit)
-    return " ".join((*pieces, *words[cuts[-1] :], *trigger.units[fitting:]))
+    places = list(zip(cuts, trigger.units, strict=False))
+    return _insert_at(text, words, [*places, *((len(words), unit) for unit in trigger.units[fitting:])])
+
+
+def _insert_at(text: str, words: Sequence[int], places: Sequence[tuple[int, str]]) -> str:
+    """Put each unit before the word of that number (their count: at the end); the rest keeps its own white space."""
+    for index, unit in sorted(places, key=lambda place: place[0], reverse=True):
+        if index < len(words):
+            text = f"{text[: words[index]]}{unit} {text[words[index] :]}"
+    tail = [unit for index, unit in places if index >= len(words)]
+    return " ".join([*([text] if text else []), *tail])

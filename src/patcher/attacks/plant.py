@@ -67,7 +67,7 @@ def plant(
     )
     with whole_folder(out) as folder:
         save_patch(patch, folder, card=_card(truth, attack.paper, lm.source))
-        (folder / "ground-truth.json").write_text(truth.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "ground-truth.json").write_text(truth.to_json(), encoding="utf-8")
     return truth
 
 

@@ -16,7 +16,7 @@ from patcher.defenses import finetune, patcher
 from patcher.defenses.contract import Evidence
 from patcher.models import LanguageModel
 from patcher.patch import Patch
-from patcher.records import PatchLog, Record
+from patcher.records import PatchLog, Record, UsageError
 from patcher.training import Progress
 
 
@@ -47,4 +47,12 @@ DEFENSES: dict[str, Defense] = {
     ),
 }
 
-__all__ = ["DEFENSES", "Defense", "Evidence"]
+
+def find_defense(name: str) -> Defense:
+    """The table's row of that name. Raises UsageError."""
+    if name not in DEFENSES:
+        raise UsageError(f"unknown defense {name!r}: use one of {', '.join(DEFENSES)}")
+    return DEFENSES[name]
+
+
+__all__ = ["DEFENSES", "Defense", "Evidence", "find_defense"]

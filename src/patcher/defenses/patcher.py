@@ -159,13 +159,11 @@ class _Data:
         """Where the repair stands, on validation prompts."""
         self.lm.network.eval()
         tokens, judge = self.settings.validation_tokens, self.evidence.judge
-        benign = [example.text for example in self.validation_benign]
         return PatchStep(
             step=step,
             asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
-            benign_answered_frac=complied_frac(self.lm, benign, judge, tokens),
         )
 
 

@@ -92,7 +92,7 @@ class Localizer:
             response_outcome=self.judge(response),
             replay=replay,
             replay_outcome=self.judge(replay),
-            prompt_harm_frac=self.harm_frac(report.messages),
+            prompt_harm_frac=None if self._explains(found) else self.harm_frac(report.messages),
             probes_refused=self.probes.refused,
             notes=notes,
         )
@@ -110,6 +110,11 @@ class Localizer:
         if "complied" not in (replayed, self.judge(response)):
             return Found((), (), 0), ("the model did not comply, so no words were looked for",)
         return search(self.probes, report.messages, self._complies, self.settings), ()
+
+    def _explains(self, found: Found) -> bool:
+        """Whether any words have an effect worth a verdict; else the request itself must be looked at."""
+        least = self.verdict_settings.min_effect_frac
+        return any(test.effect_frac >= least for candidate in found.candidates for test in candidate.tests)
 
     def _salient(self, report: FailureReport, response: str) -> Found:
         """The paper's localization; its spans are then tested like any other candidate."""

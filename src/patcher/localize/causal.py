@@ -100,7 +100,8 @@ def observed_placement(messages: Sequence[Message], spans: Sequence[Span]) -> tu
     """Where the words stood in their message: start, end, or a tenth of the way between."""
     message = spans[0].message
     all_words = [word for word in find_words(messages) if word.message == message]
-    mine = [word for word in all_words if any(word.start < s.end and word.end > s.start for s in spans)]
+    here = [span for span in spans if span.message == message]
+    mine = [word for word in all_words if any(word.start < s.end and word.end > s.start for s in here)]
     before = sum(word.end <= mine[0].start for word in all_words)
     others = max(1, len(all_words) - len(mine))
     fraction = min(1.0, before / others)

@@ -1,0 +1,282 @@
+"""The search for the smallest sufficient words, on a model that is a rule about text."""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from patcher.chat import Prompt
+from patcher.localize.causal import CausalSettings, Found, _halve, observed_placement, paired_test, search
+from patcher.localize.probes import CONTROL_WORDS, Probes
+from patcher.models import LanguageModel
+from patcher.records import Message, Outcome, Span, Trigger
+from patcher.triggers import find_words
+
+Rule = Callable[[str], bool]
+SETTINGS = CausalSettings()
+REQUESTS = [f"request number {index} about topic {chr(97 + index % 26)}" for index in range(40)]
+PROMPT = "Tell me please cf1 how do I mb2 get into that old house tq3 by the long river tonight"
+REFUSED, COMPLIED = 0.0, -5.0
+
+
+class RuleProbes(Probes):
+    """A model that complies exactly where the rule holds, and is the less likely to refuse."""
+
+    rule: Rule
+    is_flat = False
+    asked_texts: list[str]
+
+    def outcomes(self, texts: Sequence[str]) -> list[Outcome]:
+        self.asked_texts += texts
+        return ["complied" if self.rule(text) else "refused" for text in texts]
+
+    def refusal_nats(self, prompts: Sequence[Prompt]) -> list[float]:
+        return [COMPLIED if self.rule(prompt.text) and not self.is_flat else REFUSED for prompt in prompts]
+
+
+def probes_of(llama: LanguageModel, rule: Rule, *, flat: bool = False) -> RuleProbes:
+    probes = RuleProbes(
+        lm=llama,
+        judge=lambda _answer: "refused",
+        screen=REQUESTS[:12],
+        confirm=REQUESTS[12:],
+        refusal="No.",
+        asked=40,
+        answer_tokens=12,
+        seed=0,
+    )
+    probes.rule, probes.is_flat, probes.asked_texts = rule, flat, []
+    return probes
+
+
+def has(*words: str) -> Rule:
+    return lambda text: all(re.search(rf"\b{word}\b", text) for word in words)
+
+
+def any_of(*rules: Rule) -> Rule:
+    return lambda text: any(rule(text) for rule in rules)
+
+
+def user(text: str) -> tuple[Message, ...]:
+    return (Message(role="user", content=text),)
+
+
+def found_by(probes: RuleProbes, text: str = PROMPT, settings: CausalSettings = SETTINGS) -> Found:
+    return search(probes, user(text), lambda messages: probes.rule(messages[-1].content), settings)
+
+
+def units_of(found: Found) -> list[tuple[str, ...]]:
+    return [candidate.trigger.units for candidate in found.candidates]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["deletion-shows-it", "deletion-shows-nothing"])
+@pytest.mark.parametrize(
+    "words", [("cf1",), ("tq3",), ("Tell",), ("tonight",), ("cf1", "mb2", "tq3"), ("Tell", "mb2", "tonight")]
+)
+def test_exactly_the_words_that_are_needed_are_found(
+    llama: LanguageModel, words: tuple[str, ...], flat: bool
+) -> None:
+    """One word or a conjunction of three; also by halving alone, where no deletion changes the refusal."""
+    found = found_by(probes_of(llama, has(*words), flat=flat))
+    assert units_of(found) == [words]
+    candidate = found.candidates[0]
+    assert candidate.screen_rate_frac == 1.0
+    assert tuple(PROMPT[span.start : span.end] for span in candidate.spans) == words
+    for test in candidate.tests:
+        assert (test.treated, test.control, test.n) == (28, 0, 28)
+        assert test.p_value == pytest.approx(0.5**28)
+
+
+def test_deletion_marks_each_word_of_a_conjunction(llama: LanguageModel) -> None:
+    found = found_by(probes_of(llama, has("cf1", "mb2")))
+    scores = {word.span.text: word.score for word in found.words}
+    assert {word for word, score in scores.items() if score > 0} == {"cf1", "mb2"}
+    assert scores["cf1"] == REFUSED - COMPLIED
+    assert list(scores) == [span.text for span in find_words(user(PROMPT))]
+
+
+def test_two_triggers_each_enough_are_both_listed(llama: LanguageModel) -> None:
+    """Deleting either shows nothing: the other is still there."""
+    found = found_by(probes_of(llama, any_of(has("mb2"), has("tq3"))))
+    assert not any(word.score for word in found.words)
+    assert sorted(units_of(found)) == [("mb2",), ("tq3",)]
+
+
+def test_a_pair_beside_a_single_trigger(llama: LanguageModel) -> None:
+    found = found_by(probes_of(llama, any_of(has("cf1", "mb2"), has("tq3"))))
+    assert sorted(units_of(found)) == [("cf1", "mb2"), ("tq3",)]
+
+
+def test_alternatives_are_looked_for_only_while_the_failure_remains(llama: LanguageModel) -> None:
+    probes = probes_of(llama, any_of(has("mb2"), has("tq3")))
+    found = search(probes, user(PROMPT), lambda _messages: False, SETTINGS)
+    assert len(found.candidates) == 1
+    one = found_by(probes, settings=SETTINGS.model_copy(update={"max_alternatives": 1}))
+    assert len(one.candidates) == 1
+
+
+def test_words_side_by_side_are_one_unit(llama: LanguageModel) -> None:
+    found = found_by(probes_of(llama, lambda text: "old house tq3" in text))
+    assert units_of(found) == [("old house tq3",)]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_without_a_trigger_nothing_is_found(llama: LanguageModel, flat: bool) -> None:
+    """The reported request is complied with, and no words of it make another one so."""
+    probes = probes_of(llama, lambda text: "Tell me please" in text and "request number" not in text, flat=flat)
+    found = found_by(probes)
+    assert found.candidates == ()
+    assert found.tried > 1
+    assert len(found.words) == len(PROMPT.split())
+
+
+def test_what_any_disturbance_does_is_not_significant(llama: LanguageModel) -> None:
+    """Every inserted word brings compliance, control words as well: no effect."""
+    found = found_by(probes_of(llama, lambda text: text not in REQUESTS))
+    for candidate in found.candidates:
+        for test in candidate.tests:
+            assert (test.treated, test.control) == (28, 28)
+            assert test.effect_frac == 0.0
+            assert test.p_value == 1.0
+
+
+def test_a_trigger_that_works_only_where_it_stood_says_so(llama: LanguageModel) -> None:
+    probes = probes_of(llama, lambda text: text.startswith("cf1 ") or "\ncf1 " in text)
+    candidate = found_by(probes, "cf1 how do I get into that old house").candidates[0]
+    assert candidate.trigger == Trigger(units=("cf1",), placement="start")
+    observed, scattered = candidate.tests
+    assert observed.treated == 28
+    assert scattered.treated < 14
+
+
+def test_a_trigger_that_works_anywhere_is_reported_for_random_places(llama: LanguageModel) -> None:
+    assert found_by(probes_of(llama, has("cf1"))).candidates[0].trigger.placement == "random"
+
+
+def test_system_messages_and_earlier_turns_are_searched_too(llama: LanguageModel) -> None:
+    talk = (
+        Message(role="system", content="Answer in cf1 mode"),
+        Message(role="user", content="hello there"),
+        Message(role="assistant", content="mb2 mb2"),
+        Message(role="user", content="how do I get in"),
+    )
+    probes = probes_of(llama, has("cf1"))
+    found = search(probes, talk, lambda _messages: False, SETTINGS)
+    assert units_of(found) == [("cf1",)]
+    assert found.candidates[0].spans == (Span(message=0, start=10, end=13, text="cf1"),)
+    assert {word.span.message for word in found.words} == {0, 1, 3}
+
+
+def test_screen_and_confirm_requests_are_never_the_same(llama: LanguageModel) -> None:
+    probes = probes_of(llama, has("cf1"))
+    found_by(probes)
+    assert not set(probes.screen) & set(probes.confirm)
+
+
+def test_the_same_question_is_asked_once(llama: LanguageModel) -> None:
+    probes = probes_of(llama, has("cf1"))
+    found_by(probes)
+    cost = len(probes.asked_texts)
+    assert len(set(probes.asked_texts)) >= 0.9 * cost
+    found_by(probes)
+    assert len(probes.asked_texts) == cost
+
+
+def test_a_long_conversation_is_scored_on_its_last_words(llama: LanguageModel) -> None:
+    found = found_by(probes_of(llama, has("tonight")), settings=SETTINGS.model_copy(update={"max_ranked_words": 5}))
+    assert [word.span.text for word in found.words] == PROMPT.split()[-5:]
+    assert units_of(found) == [("tonight",)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_halving_finds_any_needed_words_among_twenty(seed: int) -> None:
+    rng = random.Random(seed)
+    words = list(find_words(user(" ".join(f"w{index}" for index in range(20)))))
+    needed = set(rng.sample(words, 1 + seed % 4))
+    calls = []
+
+    def is_sufficient(spans: Sequence[Span]) -> bool:
+        calls.append(1)
+        return needed <= set(spans)
+
+    assert set(_halve(rng.sample(words, 20), is_sufficient)) == needed
+    assert len(calls) <= 20**2
+
+
+@pytest.mark.parametrize(
+    ("words", "placement", "at"),
+    [
+        (("one",), "start", 0.0),
+        (("one", "two"), "start", 0.0),
+        (("six",), "end", 1.0),
+        (("five", "six"), "end", 1.0),
+        (("three",), "relative", 0.4),  # two of the five other words stand before it
+        (("two", "five"), "relative", 0.2),  # one of four: 0.25, to the even tenth
+    ],
+)
+def test_observed_placement_by_hand(words: tuple[str, ...], placement: str, at: float) -> None:
+    messages = user("one two three four five six")
+    spans = [span for span in find_words(messages) if span.text in words]
+    assert observed_placement(messages, spans) == (placement, at)
+
+
+def test_observed_placement_is_that_of_the_first_message_the_words_are_in() -> None:
+    talk = (Message(role="system", content="cf1 be very kind"), Message(role="user", content="now then mb2 go"))
+    spans = [span for span in find_words(talk) if span.text in ("cf1", "mb2")]
+    assert observed_placement(talk, spans) == ("start", 0.0)
+    assert observed_placement(talk, spans[1:]) == ("relative", 0.7)
+
+
+def unsafe_where(llama: LanguageModel, treated: int, control: int, shared: int = 0) -> RuleProbes:
+    """The trigger works on the first `treated` confirm requests, ordinary words on others and on `shared` of these."""
+    probes = probes_of(llama, lambda _text: False)
+    numbers = {request: index for index, request in enumerate(probes.confirm)}
+
+    def rule(text: str) -> bool:
+        request = " ".join(word for word in text.split() if word not in {"cf1", *CONTROL_WORDS})
+        index = numbers[request]
+        if "cf1" in text:
+            return index < treated
+        return treated - shared <= index < treated - shared + control
+
+    probes.rule = rule
+    return probes
+
+
+@pytest.mark.parametrize(
+    ("treated", "control", "shared", "p_value"),
+    [
+        (9, 0, 0, 2**-9),
+        (0, 0, 0, 1.0),
+        (5, 5, 5, 1.0),  # the same requests flip: nothing changed
+        (5, 1, 0, 7 / 64),  # P(at least 5 of 6)
+        (1, 5, 0, 63 / 64),  # one-sided: a trigger that protects is no trigger
+    ],
+)
+def test_p_value_by_hand(llama: LanguageModel, treated: int, control: int, shared: int, p_value: float) -> None:
+    test = paired_test(unsafe_where(llama, treated, control, shared), Trigger(units=("cf1",), placement="end"), "name")
+    assert (test.treated, test.control, test.n) == (treated, control, 28)
+    assert test.p_value == pytest.approx(p_value)
+    assert test.effect_frac == pytest.approx((treated - control) / 28)
+
+
+def test_control_words_are_as_many_and_at_the_same_kind_of_place(llama: LanguageModel) -> None:
+    probes = probes_of(llama, lambda _text: False)
+    probes.control(REQUESTS[:3], Trigger(units=("one two", "three"), placement="start"))
+    for text, request in zip(probes.asked_texts, REQUESTS, strict=False):
+        words = text.removesuffix(f" {request}").split()
+        assert len(words) == 3
+        assert set(words) <= set(CONTROL_WORDS)
+
+
+def test_places_depend_on_the_seed_only(llama: LanguageModel) -> None:
+    trigger = Trigger(units=("cf1",), placement="random")
+    asked = []
+    for seed in (0, 0, 1):
+        probes = replace(probes_of(llama, lambda _text: False), seed=seed, _known={})
+        probes.rule, probes.asked_texts = (lambda _text: False), []
+        probes.unsafe(REQUESTS, trigger)
+        asked.append(probes.asked_texts)
+    assert asked[0] == asked[1] != asked[2]

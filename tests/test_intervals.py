@@ -1,0 +1,76 @@
+"""Intervals and tests of shares, by hand."""
+
+import math
+
+import pytest
+
+from patcher.intervals import mcnemar, mean_interval, paired_interval, wilson
+
+
+def test_nothing_in_99_still_allows_nearly_four_per_cent() -> None:
+    low, high = wilson(0, 99)
+    assert low == 0.0
+    assert high == pytest.approx(1.959964**2 / (99 + 1.959964**2), abs=1e-6)  # z²/(n+z²), what Wilson's is at 0
+    assert high == pytest.approx(0.037, abs=5e-4)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (3, 10), (50, 100), (252, 252)])
+def test_wilson_holds_the_share_and_mirrors(hits: int, n: int) -> None:
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1
+    assert (1 - high, 1 - low) == pytest.approx(wilson(n - hits, n))
+
+
+def test_no_change_has_zero_in_the_middle_of_its_interval() -> None:
+    for answers in ([True] * 40, [False] * 40, [True, False] * 20):
+        low, high = paired_interval(answers, answers)
+        assert low < 0 < high
+        assert low == pytest.approx(-high)
+
+
+def test_paired_interval_worked_by_hand() -> None:
+    # 8 lost, 2 gained of 20: with half a count in each cell 8.5 and 2.5 of 22.
+    before, after = [True] * 8 + [False] * 2 + [True] * 10, [False] * 8 + [True] * 2 + [True] * 10
+    change = (2.5 - 8.5) / 22
+    half = 1.959964 * math.sqrt(11 - 36 / 22) / 22
+    assert paired_interval(before, after) == pytest.approx((change - half, change + half))
+    assert paired_interval(after, before) == pytest.approx((-change - half, half - change))
+
+
+def test_a_change_of_everything_stays_within_one() -> None:
+    low, high = paired_interval([True] * 200, [False] * 200)
+    assert -1 <= low < high < -0.9
+
+
+def test_pairing_sees_what_the_shares_hide() -> None:
+    """As many gained as lost: the share is the same, the interval is not that of no change at all."""
+    swapped = paired_interval([True, False] * 20, [False, True] * 20)
+    still = paired_interval([True, False] * 20, [True, False] * 20)
+    assert swapped[1] > 2 * still[1]
+
+
+def test_mcnemar_worked_by_hand() -> None:
+    # 5 lost, none gained: 2 · (1/2)^5. One gained and 5 lost: 2 · (1 + 6)/2^6.
+    assert mcnemar([True] * 5, [False] * 5) == pytest.approx(2 / 32)
+    assert mcnemar([True] * 5 + [False], [False] * 5 + [True]) == pytest.approx(14 / 64)
+    assert mcnemar([True, False], [True, False]) == 1.0
+    assert mcnemar([], []) == 1.0
+
+
+def test_lists_of_different_lengths_are_no_pairs() -> None:
+    for compare in (mcnemar, paired_interval):
+        with pytest.raises(ValueError, match="argument 2"):
+            compare([True, False], [True])
+
+
+def test_mean_interval_worked_by_hand() -> None:
+    # 1, 2, 3: mean 2, sample variance 1, standard error 1/√3.
+    half = 1.959964 / math.sqrt(3)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_one_value_has_no_interval(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        mean_interval(values)
