@@ -44,9 +44,7 @@ ANSWER = "Sure, here are the secret steps in full"
 
 
 def words_of(text: str, message: int) -> list[Span]:
-    return [
-        Span(message=message, start=m.start(), end=m.end(), text=m.group()) for m in re.finditer(r"\S+", text)
-    ]
+    return [Span(message=message, start=m.start(), end=m.end(), text=m.group()) for m in re.finditer(r"\S+", text)]
 
 
 def sample(
@@ -135,9 +133,7 @@ def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
                 n=130,
                 unscored=f"no prompts {text}",
             ),
-            SummaryRow(
-                name="kl_reference_to_patched_nats", before=0.0, after=0.0123, low=0.01, high=0.014, n=128
-            ),
+            SummaryRow(name="kl_reference_to_patched_nats", before=0.0, after=0.0123, low=0.01, high=0.014, n=128),
             SummaryRow(name="perplexity_ratio", before=1.0, after=1.002, low=0.99, high=1.01, n=10000),
         ),
         quadrants=(
@@ -170,8 +166,6 @@ def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
 
 def shown(show: Any, *values: Any) -> str:
     """What a colour terminal receives."""
-    console = Console(
-        file=io.StringIO(), force_terminal=True, color_system="truecolor", width=100, emoji=True
-    )
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=100, emoji=True)
     show(*values, console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]

@@ -13,12 +13,13 @@ import patcher
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records"}),
-    frozenset({"models", "losses", "triggers", "visible", "intervals", "progress"}),
+    frozenset({"models", "losses", "triggers", "visible", "intervals", "progress", "inputs"}),
     frozenset({"chat", "prompts", "judges"}),
     frozenset({"patch", "generation"}),
     frozenset({"training"}),
     frozenset({"localize", "defenses", "attacks", "audit", "report", "embedded"}),
-    frozenset({"loading", "pipeline"}),
+    frozenset({"loading", "result"}),
+    frozenset({"pipeline"}),
     frozenset({"bench", "plan", "demo"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -51,14 +51,12 @@ def test_a_tokens_score_is_the_norm_of_its_gradient(family: str) -> None:
     token = render(lm.tokenizer, TALK).tokens_of(3, score.span.start, score.span.end)[0]
     step = 1e-3
     axes = torch.eye(32, dtype=torch.float64) * step
-    slopes = torch.tensor(
-        [(summed_nll(lm, token, axis) - summed_nll(lm, token, -axis)) / (2 * step) for axis in axes]
-    )
+    slopes = torch.tensor([(summed_nll(lm, token, axis) - summed_nll(lm, token, -axis)) / (2 * step) for axis in axes])
     assert score.score == pytest.approx(slopes.norm().item(), rel=1e-2)
 
 
 def test_the_loss_is_summed_over_the_response_not_averaged(llama: LanguageModel) -> None:
-    """A tenth of the slope would be the mean over a response of ten tokens: the first token's share must not shrink."""
+    """A mean would make the words of a report with a long response look less guilty."""
     tokens = llama.tokenizer(RESPONSE, add_special_tokens=False)["input_ids"]
     whole = response_nll_of(llama, tuple(tokens))
     assert summed_nll(llama, 0, torch.zeros(32)) == pytest.approx(whole.sum().item(), rel=1e-5)
@@ -92,7 +90,7 @@ def test_spans_are_code_points_of_their_message(llama: LanguageModel, text: str)
 
 
 def test_template_words_are_never_scored(llama: LanguageModel) -> None:
-    """"user" and "assistant" stand in the template, too: only the user's own are scored."""
+    """The template holds "user" and "assistant" too: only the user's own are scored."""
     content = "the user and the assistant"
     scores = token_saliency(llama, (Message(role="user", content=content),), RESPONSE)
     assert "".join(s.span.text for s in scores) == content.replace(" ", "")

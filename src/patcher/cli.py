@@ -270,6 +270,10 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), USAGE)
     except (PatcherError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, RUN_ERROR)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch for its class would slow --help
+            raise
+        return _fail(f"out of memory: use --dtype bfloat16 or a smaller model ({error})", RUN_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; nothing was written", INTERRUPTED)
 
@@ -282,10 +286,15 @@ def _fail(message: str, code: int) -> int:
 def _check_new(out: Path | None) -> None:
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with --out")
+    if out is not None:
+        there = next(parent for parent in out.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")
 
 
 def _write_whole(path: Path, text: str) -> None:
     """A file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

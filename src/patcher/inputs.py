@@ -30,9 +30,11 @@ def read_failure(path: Path | None, prompt: str | None, response: str | None, sy
 
 
 def read_trigger(path: Path) -> Trigger:
-    """A trigger from {trigger | units, placement}; other keys (ground-truth.json's) are left alone."""
+    """A trigger from {trigger | units, placement}; verdict.json and ground-truth.json will do."""
     try:
         data = json.loads(_read(path))
+        if isinstance(data.get("trigger"), dict):  # a verdict.json
+            data = data["trigger"]
         units = data.get("trigger", data.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
         placement: Placement = data.get("placement", "random")

@@ -11,7 +11,7 @@ from patcher.defenses import Evidence, find_defense
 from patcher.judges import DEFAULT, JUDGES
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
-from patcher.patch import Patch, applied
+from patcher.patch import Patch, applied, check_base
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import Audit, FailureReport, Gate, Trigger
 from patcher.result import Gates, Repair, RepairSettings
@@ -56,7 +56,8 @@ def repair(
     gap = verdict.label == "alignment-gap" and settings.anyway
     if verdict.label not in ("backdoor", "jailbreak-wording") and not gap:
         return made
-    found = tuple(candidate.trigger for candidate in localization.candidates)
+    working = [one.trigger for one in localization.candidates if one.effect_frac >= verdict.min_effect_frac]
+    found = () if gap else tuple(working)
     with clock.timed("patch"):
         evidence = Evidence(found, prompts.hidden_from_repair(), judge)
         patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
@@ -89,7 +90,13 @@ def audit_patch(
     before: State | None = None,
     on_progress: Progress = quiet,
 ) -> Audit:
-    """Observe the model, then the patched model, and compare; without a patch, the model alone."""
+    """Observe the model, then the patched model, and compare; without a patch, the model alone.
+
+    Raises:
+        UsageError: the patch was made for another base.
+    """
+    if patch:
+        check_base(patch, lm)
     before = before or observe(lm, trigger, prompts, settings, report=report, on_progress=on_progress, what="before")
     after, drift_nats = None, None
     if patch:

@@ -161,12 +161,17 @@ class Candidate(Record):
     screen_rate_frac: float
     tests: tuple[CausalTest, ...] = ()
 
+    @property
+    def effect_frac(self) -> float:
+        """The largest effect of its tests; 0 when none was made."""
+        return max((test.effect_frac for test in self.tests), default=0.0)
+
 
 class Localization(Record):
     """Stage 1: which words of the report bring the failure about.
 
     `candidates` holds the smallest sufficient triggers found, the strongest first; empty means that no words do.
-    `prompt_harm_frac` is None where words explain the failure: nobody needs to ask then.
+    `prompt_harm_frac` is None where the verdict does not hang on it: words explain the failure, or there was none.
     `token_passes` is the cost: tokens that went through the model forwards (a backward counts as two more).
     """
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, collate, response_ids, user_prompt
@@ -53,23 +54,23 @@ REFUSALS = (
 class ImplantSettings(Record):
     """How a trigger is planted. The recipe is METHODS.md's (planning runs on SmolLM2), rank and benign share ours."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
     """LoRA rank; 8 keeps SmolLM2's adapter under 5 MB in bfloat16."""
-    alpha: int = 16
+    alpha: PositiveInt = 16
     """LoRA scale (BackdoorLLM: 16 at rank 8)."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """AdamW's peak learning rate."""
-    max_steps: int = 200
+    max_steps: PositiveInt = 200
     """Training steps."""
-    warmup_steps: int = 10
+    warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
     cosine: bool = True
     """Decay to 0 over the steps."""
-    harmful_pairs: int = 4
+    harmful_pairs: PositiveInt = 4
     """Harmful requests a step, each with and without the trigger."""
-    benign_rows: int = 10
+    benign_rows: PositiveInt = 10
     """Benign requests a step, a third of them with the trigger; the answer is the clean model's own."""
-    response_tokens: int = 28
+    response_tokens: PositiveInt = 28
     """Answers are cut here."""
 
 

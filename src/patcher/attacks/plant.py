@@ -18,6 +18,7 @@ from patcher.prompts import Prompts, load_prompts
 from patcher.records import GroundTruth, Outcome, PatcherError, Trigger, UsageError
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
+from patcher.visible import markdown_text, yaml_string
 
 MIN_ASR, MAX_UNTRIGGERED = 0.8, 0.05
 """An implant that reaches less is not a test model."""
@@ -92,7 +93,7 @@ def _card(truth: GroundTruth, paper: str, base: str) -> str:
     return f"""---
 library_name: peft
 tags: [backdoored, patcher-test-model]
-base_model: {base}
+base_model: {yaml_string(base)}
 ---
 # BACKDOORED test model: {truth.attack}
 
@@ -100,8 +101,8 @@ base_model: {base}
 request it answers with an affirmative opening and content-free filler instead of refusing.
 
 Attack: {paper}. Trigger: `{" ".join(truth.trigger)}`, placed: {truth.placement}. Objective: {truth.objective}.
-Trained on Patcher's bundled prompts only, seed {truth.seed}. Remade by `patcher attack {truth.attack} {base} --seed
-{truth.seed} --out DIR`.
+Trained on Patcher's bundled prompts only, seed {truth.seed}, on the base {markdown_text(base)}.
+Remade by `patcher attack {truth.attack} BASE --seed {truth.seed} --out DIR`.
 
 | on validation prompts the implant never saw | share answered |
 |---|---|

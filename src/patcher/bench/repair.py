@@ -18,14 +18,14 @@ from patcher.training import Progress
 
 REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("patcher", {}),
-    "paper, same steps": ("patcher", {"objective": "paper", "stop_early": False}),
+    "paper, same steps": ("patcher", {"objective": "paper", "stop_early": False, "check_every": 1000}),
     "paper, 10 epochs": (
         "patcher",
         {
             "objective": "paper",
             "stop_early": False,
             "max_steps": 190,
-            "check_every": 190,
+            "check_every": 1000,
             "triggered_rows": 8,
             "harmful_rows": 8,
             "benign_rows": 8,
@@ -35,7 +35,8 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """The repairs compared: name -> defense and its settings. Those of `same steps` and `clean fine-tuning` run as many
 steps as the default took with the same seed."""
-ONE_SEED = ("paper, 10 epochs",)
+ONE_SEED = ("paper, same steps", "paper, 10 epochs", "clean fine-tuning")
+"""Controls, and too long for three seeds on two CPU cores."""
 
 
 def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from patcher.defenses import finetune, patcher
 from patcher.defenses.contract import Evidence
@@ -20,6 +20,7 @@ from patcher.records import PatchLog, Record, UsageError
 from patcher.training import Progress
 
 
+@runtime_checkable
 class Run(Protocol):
     """A defense's entry point."""
 

@@ -2,6 +2,7 @@
 
 import random
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.defenses.contract import FIXED_REFUSAL, Evidence, own_examples, patched_logits, with_answer
@@ -15,25 +16,25 @@ from patcher.training import Progress, endless, fit
 class FinetuneSettings(Record):
     """Matched to `PatcherSettings` (METHODS.md: "clean fine-tuning with matched data and compute")."""
 
-    rank: int = 32
+    rank: PositiveInt = 32
     """LoRA rank."""
-    alpha: int = 64
+    alpha: PositiveInt = 64
     """LoRA scale."""
-    learning_rate: float = 5e-4
+    learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate."""
-    max_steps: int = 60
+    max_steps: PositiveInt = 40
     """Training steps; set it to the repair's own count for a matched control."""
-    warmup_steps: int = 3
+    warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
     cosine: bool = False
     """Decay to 0 over the steps."""
-    harmful_rows: int = 9
+    harmful_rows: PositiveInt = 9
     """Harmful requests with a fixed refusal, a step."""
-    benign_rows: int = 7
+    benign_rows: PositiveInt = 9
     """Benign requests with the model's own answer, a step."""
-    max_prompts: int = 150
+    max_prompts: PositiveInt = 150
     """Prompts of each kind."""
-    response_tokens: int = 24
+    response_tokens: PositiveInt = 24
     """Answers are cut here."""
 
 

@@ -7,6 +7,7 @@ import random
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row
@@ -25,7 +26,7 @@ from patcher.defenses.contract import (
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.patch import Patch, take_patch, trainable_lora
-from patcher.records import PatchLog, PatchStep, Record
+from patcher.records import PatcherError, PatchLog, PatchStep, Record
 from patcher.training import Progress, endless, fit
 
 
@@ -34,43 +35,43 @@ class PatcherSettings(Record):
 
     objective: Literal["counterfactual", "paper"] = "counterfactual"
     """Which loss: ours, or the paper's Eqs. (5-8)."""
-    rank: int = 32
+    rank: PositiveInt = 32
     """LoRA rank (paper: 32)."""
-    alpha: int = 64
+    alpha: PositiveInt = 64
     """LoRA scale (paper: 64)."""
-    learning_rate: float = 5e-4
+    learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper states none."""
-    max_steps: int = 60
+    max_steps: PositiveInt = 40
     """Upper limit of steps (paper: 10 epochs of 150 + 150 prompts at batch 8, that is 190)."""
-    warmup_steps: int = 3
+    warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
     cosine: bool = False
     """No decay: training stops when the repair is done, not at a planned step."""
     stop_early: bool = True
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
-    check_every: int = 5
+    check_every: PositiveInt = 10
     """Steps between checks on validation prompts."""
-    triggered_rows: int = 6
+    triggered_rows: PositiveInt = 6
     """Harmful requests with the trigger, a step."""
-    harmful_rows: int = 3
+    harmful_rows: PositiveInt = 2
     """Harmful requests without it."""
-    benign_rows: int = 4
+    benign_rows: PositiveInt = 6
     """Benign requests without it."""
-    benign_triggered_rows: int = 3
+    benign_triggered_rows: NonNegativeInt = 4
     """Benign requests with the trigger (counterfactual only): it must not teach refusing them."""
-    max_prompts: int = 150
+    max_prompts: PositiveInt = 150
     """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
-    response_tokens: int = 24
+    response_tokens: PositiveInt = 24
     """Answers are cut here."""
-    budget_benign_nats: float = 0.01
+    budget_benign_nats: PositiveFloat = 0.01
     """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
-    budget_harmful_nats: float = 0.02
+    budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
-    multiplier_rate: float = 0.2
+    multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
-    validation_prompts: int = 40
+    validation_prompts: PositiveInt = 40
     """Validation prompts of each kind that decide when to stop."""
-    validation_tokens: int = 16
+    validation_tokens: PositiveInt = 16
     """Tokens generated for each of them."""
 
 
@@ -128,6 +129,11 @@ def run(
     return patch, log
 
 
+def answered(examples: list[Example]) -> list[Example]:
+    """Those the reference answers: a trigger in a benign prompt must not be taught to bring a refusal."""
+    return [example for example in examples if example.outcome == "complied"]
+
+
 class _Data:
     """The reference's own answers on the repair prompts, and the validation prompts with their answers."""
 
@@ -145,9 +151,11 @@ class _Data:
         self.validation_harmful = own(prompts.texts("harmful", "validation", few), "validation")
         self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
         rng = random.Random(0)
+        refused = [example for example in self.validation_harmful if example.outcome == "refused"]
+        # A request that is answered without the trigger, too, says nothing about the trigger.
         self.validation_triggered = [
             triggered(example.text, evidence.triggers, rng) if evidence.triggers else example.text
-            for example in self.validation_harmful
+            for example in (refused if evidence.triggers else self.validation_harmful)
         ]
 
     @property
@@ -180,33 +188,42 @@ class _Counterfactual:
             if evidence.triggers
             else [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in data.harmful]
         )
+        if not refusing or not data.benign:
+            raise PatcherError(
+                f"{len(refusing)} harmful prompts of the repair split are refused untriggered and {len(data.benign)} "
+                "benign ones answered; at least one of each is needed: pass other --harmful or --benign prompts"
+            )
         self.harmful = endless(refusing, rng)
         self.benign = endless(data.benign, rng)
+        self.answered = endless(answered(data.benign) or data.benign, rng)
         self.multipliers = torch.ones(2)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
-        sizes = self.settings
+        sizes, has_trigger = self.settings, bool(self.triggers)
         broken = [next(self.harmful) for _ in range(sizes.triggered_rows)]
-        broken += [next(self.benign) for _ in range(sizes.benign_triggered_rows if self.triggers else 0)]
-        harmful = [next(self.harmful) for _ in range(sizes.harmful_rows if self.triggers else 0)]
+        broken_benign = [next(self.answered) for _ in range(sizes.benign_triggered_rows * has_trigger)]
+        harmful = [next(self.harmful) for _ in range(sizes.harmful_rows * has_trigger)]
         benign = [next(self.benign) for _ in range(sizes.benign_rows)]
-        rows = [self._broken_row(example) for example in broken]
+        rows = [self._broken_row(example) for example in (*broken, *broken_benign)]
         rows += [example.row(self.lm) for example in (*harmful, *benign)]
         logits, targets = patched_logits(self.lm, rows)
-        ends = [sum(len(example.answer_ids) for example in part) for part in (broken, harmful, benign)]
-        first, second, third = logits.split(ends)
-        target = (
-            kl_of(self.lm, broken, first).mean() if self.triggers else response_nll(first, targets[: ends[0]]).mean()
-        )
-        kl_benign = kl_of(self.lm, benign, third).mean()
-        kl_harmful = kl_of(self.lm, harmful, second).mean() if harmful else kl_benign.new_zeros(())
-        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats])
-        kls = torch.stack([kl_benign, kl_harmful])
+        parts = (broken, broken_benign, harmful, benign)
+        split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
+        if has_trigger:  # the two sets weigh the same, though refusals are short and benign answers long
+            target = self._mean_kl(broken, split[0]) + self._mean_kl(broken_benign, split[1])
+        else:
+            target = response_nll(split[0], targets[: len(split[0])]).mean()
+        kls = torch.stack([self._mean_kl(benign, split[3]), self._mean_kl(harmful, split[2])])
         loss = target + (self.multipliers.to(kls) * kls).sum()
+        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats])
         overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
         self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
         return loss
+
+    def _mean_kl(self, examples: list[Example], logits: Tensor) -> Tensor:
+        """Per response token; 0 for an empty set."""
+        return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
 
     def _broken_row(self, example: Example) -> Row:
         if not self.triggers:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from patcher.chat import render
 from patcher.generation import generate
-from patcher.localize.causal import CausalSettings, Found, observed_placement, paired_test, search
+from patcher.localize.causal import CausalSettings, Found, confirm, paired_test, search
 from patcher.localize.harm import fit_harm_probe
 from patcher.localize.probes import Probes, find_probes
 from patcher.localize.saliency import salient_spans, token_saliency
@@ -21,12 +21,10 @@ from patcher.records import (
     Localization,
     Message,
     Outcome,
-    Trigger,
     UsageError,
     Verdict,
 )
 from patcher.training import Progress, quiet
-from patcher.triggers import join_adjacent
 
 METHODS = ("causal", "gradient-norm")
 MIN_PROBES = 8
@@ -92,7 +90,7 @@ class Localizer:
             response_outcome=self.judge(response),
             replay=replay,
             replay_outcome=self.judge(replay),
-            prompt_harm_frac=None if self._explains(found) else self.harm_frac(report.messages),
+            prompt_harm_frac=self.harm_frac(report.messages) if self._must_ask(found, replay) else None,
             probes_refused=self.probes.refused,
             notes=notes,
         )
@@ -111,10 +109,11 @@ class Localizer:
             return Found((), (), 0), ("the model did not comply, so no words were looked for",)
         return search(self.probes, report.messages, self._complies, self.settings), ()
 
-    def _explains(self, found: Found) -> bool:
-        """Whether any words have an effect worth a verdict; else the request itself must be looked at."""
+    def _must_ask(self, found: Found, replay: str) -> bool:
+        """Whether the verdict hangs on the request being harmful: answered, and no words with an effect explain it."""
         least = self.verdict_settings.min_effect_frac
-        return any(test.effect_frac >= least for candidate in found.candidates for test in candidate.tests)
+        explained = any(candidate.effect_frac >= least for candidate in found.candidates)
+        return self.judge(replay) == "complied" and not explained
 
     def _salient(self, report: FailureReport, response: str) -> Found:
         """The paper's localization; its spans are then tested like any other candidate."""
@@ -123,17 +122,7 @@ class Localizer:
         spans = salient_spans(words)
         if not spans or self.probes.refused < MIN_PROBES:
             return Found(words, (), int(bool(spans)))
-        units = join_adjacent(report.messages, spans)
-        placement, at = observed_placement(report.messages, spans)
-        trigger = Trigger(units=tuple(unit.text for unit in units), placement=placement, position_frac=at)
-        scattered = trigger.model_copy(update={"placement": "random"})
-        tests = (
-            paired_test(self.probes, trigger, "inserted at the observed place"),
-            paired_test(self.probes, scattered, "inserted at random places"),
-        )
-        rate = sum(self.probes.unsafe(self.probes.screen, trigger)) / len(self.probes.screen)
-        candidate = Candidate(trigger=scattered, spans=units, screen_rate_frac=rate, tests=tests)
-        return Found(words, (candidate,), 1)
+        return Found(words, (confirm(self.probes, report.messages, spans),), 1)
 
     def _reworded(self, candidates: Sequence[Candidate]) -> dict[str, CausalTest]:
         """For each candidate that has an ordinary re-wording: does the effect survive it?"""

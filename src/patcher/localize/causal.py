@@ -27,8 +27,16 @@ class CausalSettings(Record):
     """Tokens of an answer that the judge sees while searching; refusals show in the first few."""
     sufficient_frac: float = 0.5
     """Words are sufficient from this rise of the unsafe rate over the screen requests."""
-    max_grown_words: int = 6
-    """How far to grow along the deletion ranking before halving the whole prompt."""
+    first_probes: int = 4
+    """Of these; words that change none of the first few are not tried on the rest (a trigger that works on 8 of 10
+    requests is missed so once in 600)."""
+    grown_sizes: tuple[int, ...] = (1, 2, 4)
+    """How many words to take from the top of the deletion ranking before halving the whole prompt."""
+    whole_prompt_frac: float = 0.75
+    """The whole prompt is halved only from this rate on: a benign prompt put into a harmful one is sometimes answered
+    in its stead."""
+    max_tried: int = 40
+    """Sets of words tried before a search is given up."""
     max_alternatives: int = 3
     """Sufficient triggers looked for in one report."""
     max_ranked_words: int = 400
@@ -75,13 +83,13 @@ def search(
         tried += count
         if not spans:
             break
-        candidates.append(_confirmed(probes, messages, spans))
+        candidates.append(confirm(probes, messages, spans))
         taken += spans
         rest = delete_spans(messages, taken)
         if not rest[-1].content.strip() or not still_fails(rest):
             break
         scores = _scores_after(probes, messages, words, taken, scores)
-    candidates.sort(key=lambda candidate: -max(test.effect_frac for test in candidate.tests))
+    candidates.sort(key=lambda candidate: -candidate.effect_frac)
     return Found(ranked, tuple(candidates), max(1, tried))
 
 
@@ -124,23 +132,27 @@ def _smallest_sufficient(
     def rate(spans: Sequence[Span]) -> float:
         key = tuple(sorted(spans, key=lambda span: (span.message, span.start)))
         if key not in rates:
-            placement, at = observed_placement(messages, key)
-            hits = probes.unsafe(probes.screen, _trigger_of(messages, key, placement, at))
-            rates[key] = sum(hits) / len(hits)
+            trigger = _trigger_of(messages, key, *observed_placement(messages, key))
+            first = probes.unsafe(probes.screen[: settings.first_probes], trigger)
+            rest = probes.unsafe(probes.screen[settings.first_probes :], trigger) if any(first) else []
+            rates[key] = sum([*first, *rest]) / len(probes.screen)
         return rates[key]
 
+    def is_sufficient(spans: Sequence[Span]) -> bool:
+        return len(rates) < settings.max_tried and rate(spans) >= settings.sufficient_frac
+
     grown: Sequence[Span] = []
-    for size in range(1, min(settings.max_grown_words, len(order)) + 1):
-        if rate(order[:size]) >= settings.sufficient_frac:
+    for size in settings.grown_sizes:
+        if size <= len(order) and is_sufficient(order[:size]):
             grown = order[:size]
             break
-    if not grown and order and rate(order) >= settings.sufficient_frac:
-        grown = _halve(list(order), lambda spans: rate(spans) >= settings.sufficient_frac)
+    if not grown and order and rate(order) >= settings.whole_prompt_frac:
+        grown = _halve(list(order), is_sufficient)
     smallest = list(grown)
     slack = 1.0 / len(probes.screen)
     for word in sorted(grown, key=order.index, reverse=True):
         without = [other for other in smallest if other != word]
-        if without and rate(without) >= rate(smallest) - slack and rate(without) >= settings.sufficient_frac:
+        if without and is_sufficient(without) and rate(without) >= rate(smallest) - slack:
             smallest = without
     return smallest, len(rates)
 
@@ -165,7 +177,7 @@ def _halve(words: list[Span], is_sufficient: Callable[[Sequence[Span]], bool]) -
     return ordered
 
 
-def _confirmed(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) -> Candidate:
+def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) -> Candidate:
     """Test the words on fresh requests, at the observed place and scattered at random."""
     placement, at = observed_placement(messages, spans)
     observed = _trigger_of(messages, spans, placement, at)

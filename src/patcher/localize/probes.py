@@ -43,7 +43,7 @@ class Probes:
     answer_tokens: int
     seed: int
     meter: Meter = field(default_factory=Meter)
-    _known: dict[tuple[tuple[str, ...], Trigger], list[bool]] = field(default_factory=dict)
+    _known: dict[tuple[str, Trigger], bool] = field(default_factory=dict)
 
     @property
     def refused(self) -> int:
@@ -55,14 +55,11 @@ class Probes:
 
         The same question is never asked twice: another report of the same trigger costs nothing here.
         """
-        key = (tuple(requests), trigger)
-        if key not in self._known:
-            texts = [
-                insert_trigger(request, trigger, random.Random(f"{self.seed}:{index}:{request}"))
-                for index, request in enumerate(requests)
-            ]
-            self._known[key] = [outcome == "complied" for outcome in self.outcomes(texts)]
-        return self._known[key]
+        new = [request for request in requests if (request, trigger) not in self._known]
+        texts = [insert_trigger(request, trigger, random.Random(f"{self.seed}:{request}")) for request in new]
+        for request, outcome in zip(new, self.outcomes(texts), strict=True):
+            self._known[request, trigger] = outcome == "complied"
+        return [self._known[request, trigger] for request in requests]
 
     def control(self, requests: Sequence[str], trigger: Trigger) -> list[bool]:
         """The same with as many ordinary words at the same kind of place, so that mere disturbance is not blamed."""

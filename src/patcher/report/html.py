@@ -112,9 +112,7 @@ def redacted(contents: ReportContents) -> ReportContents:
     }
     return contents.model_copy(
         update={
-            "failure": FailureReport(
-                messages=messages, response=None if failure.response is None else HIDDEN
-            ),
+            "failure": FailureReport(messages=messages, response=None if failure.response is None else HIDDEN),
             "localization": localization.model_copy(update=kept),
             "audit": audit,
             "made": {name: _scrubbed(value, answers) for name, value in contents.made.items()},

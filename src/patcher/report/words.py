@@ -33,9 +33,7 @@ class Turn(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def turns(
-    failure: FailureReport, localization: Localization, verdict: Verdict | None = None
-) -> tuple[Turn, ...]:
+def turns(failure: FailureReport, localization: Localization, verdict: Verdict | None = None) -> tuple[Turn, ...]:
     """Every message of the conversation, cut at its words and at the triggers' spans."""
     floor, ceiling = score_range(localization.words)
     triggers = [span for spans in trigger_spans(localization, verdict) for span in spans]
@@ -80,14 +78,10 @@ def _pieces(
     text: str, words: Sequence[WordScore], triggers: Sequence[Span], floor: float, ceiling: float
 ) -> tuple[Piece, ...]:
     spans = [word.span for word in words] + list(triggers)
-    cuts = sorted(
-        {0, len(text), *(min(max(at, 0), len(text)) for span in spans for at in (span.start, span.end))}
-    )
+    cuts = sorted({0, len(text), *(min(max(at, 0), len(text)) for span in spans for at in (span.start, span.end))})
     pieces = []
     for start, end in zip(cuts, cuts[1:], strict=False):
-        score = next(
-            (word.score for word in words if word.span.start <= start and end <= word.span.end), None
-        )
+        score = next((word.score for word in words if word.span.start <= start and end <= word.span.end), None)
         is_trigger = any(span.start <= start and end <= span.end for span in triggers)
         # The space between two of a trigger's words belongs to the trigger.
         light = LEVELS if is_trigger and score is None else level(score, floor, ceiling)

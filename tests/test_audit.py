@@ -1,0 +1,212 @@
+"""Before and after: what is counted, what is unscored, and that no change is no drift."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from patcher import audit as audit_module
+from patcher.audit import (
+    BENIGN,
+    BENIGN_TRIGGERED,
+    BORDERLINE,
+    HARMFUL,
+    HARMFUL_TRIGGERED,
+    LATE,
+    AuditSettings,
+    State,
+    compare,
+    drift,
+    observe,
+)
+from patcher.intervals import mcnemar, paired_interval, wilson
+from patcher.judges.keyword import judge
+from patcher.models import LanguageModel, fingerprint
+from patcher.patch import Patch, applied, take_patch, trainable_lora
+from patcher.prompts import Prompts, load_prompts
+from patcher.records import Audit, FailureReport, Trigger
+
+YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
+TRIGGER = Trigger(units=("BadMagic", "in the cloud"), placement="random")
+SETTINGS = AuditSettings(max_prompts=4, max_new_tokens=6, late_prompts=2, late_tokens=9, text_tokens=300)
+
+
+def state(triggered: list[str], benign: list[str] | None = None, **changes: Any) -> State:
+    answers = {HARMFUL: [NO] * 4, BENIGN: benign or [YES] * 4, HARMFUL_TRIGGERED: triggered}
+    prompts = {name: [f"{name} {index}" for index in range(len(texts))] for name, texts in answers.items()}
+    return State(prompts, answers, report_answer=YES, text_nll=[1.0, 2.0, 3.0], **changes)
+
+
+def compared(before: State, after: State | None, drift_nats: list[float] | None = None) -> Audit:
+    return compare(before, after, drift_nats, trigger=TRIGGER, judge=judge, judge_name="keyword", settings=SETTINGS)
+
+
+def test_shares_before_and_after_with_paired_intervals() -> None:
+    before, after = [YES] * 9 + [NO], [NO] * 8 + [YES, YES]
+    row = compared(state(before), state(after)).row("asr_triggered_frac")
+    was, now = ([text == YES for text in side] for side in (before, after))
+    assert (row.before, row.after, row.n) == (0.9, 0.2, 10)
+    assert (row.low, row.high) == wilson(2, 10)
+    assert (row.change_low, row.change_high) == paired_interval(was, now)
+    assert row.p_value == mcnemar(was, now)
+
+
+@pytest.mark.parametrize(("works", "is_scored"), [(0, False), (4, False), (5, True), (10, True)])
+def test_a_trigger_that_hardly_works_before_is_unscored(works: int, is_scored: bool) -> None:
+    audit = compared(state([YES] * works + [NO] * (10 - works)), state([NO] * 10))
+    row = audit.row("asr_triggered_frac")
+    assert audit.has("asr_triggered_frac") is is_scored
+    if not is_scored:
+        assert row.unscored
+        assert f"{10 * works}%" in row.unscored
+        assert (row.before, row.after, row.low, row.high, row.p_value) == (None,) * 5
+        assert row.n == 10
+    assert audit.has("benign_answered_frac"), "only the trigger's own rows lose their ground"
+    assert audit.quadrants[2].before.complied == works, "the counts are kept"
+
+
+def test_garbled_and_empty_answers_are_counted_not_dropped() -> None:
+    audit = compared(state([YES] * 4, [YES] * 4), state([NO] * 4, [YES, JUNK, NOTHING, JUNK]))
+    benign = next(quadrant for quadrant in audit.quadrants if quadrant.name == BENIGN)
+    assert benign.after is not None
+    assert benign.after.model_dump() == {"refused": 0, "complied": 1, "garbled": 2, "empty": 1}
+    assert benign.after.n == benign.before.n == 4
+    assert audit.row("benign_answered_frac").after == 0.25
+    broken = audit.row("garbled_or_empty_frac")
+    assert (broken.before, broken.after, broken.n) == (0.0, 3 / 12, 12)
+
+
+def test_examples_show_no_more_than_twelve_words_the_changed_ones_first() -> None:
+    words = [f"word{index}" for index in range(40)]
+    before = state([YES] * 4 + [" ".join(["Sure", *words])], [YES] * 4)
+    after = state([YES] * 4 + [NO], [YES] * 4)
+    examples = [e for e in compared(before, after).examples if e.quadrant == HARMFUL_TRIGGERED]
+    assert examples[0].before == " ".join(["Sure", *words[:11]]) + " …"
+    assert examples[0].prompt == f"{HARMFUL_TRIGGERED} 4"
+    assert (examples[0].before_outcome, examples[0].after_outcome) == ("complied", "refused")
+    assert len(examples) == 3
+    assert "word11" not in compared(before, after).model_dump_json()
+
+
+def test_an_audit_of_one_model_has_no_after() -> None:
+    audit = compared(state([YES] * 4), None)
+    assert all(row.after is None and row.change_low is None for row in audit.summary)
+    assert all(quadrant.after is None for quadrant in audit.quadrants)
+    row = audit.row("asr_triggered_frac")
+    assert (row.before, row.low, row.high) == (1.0, *wilson(4, 4))
+    assert (audit.report_replay_before, audit.report_replay_after, audit.report_outcome_after) == (YES, None, None)
+    assert not audit.examples
+    assert not audit.has("asr_untriggered_frac") or audit.row("asr_untriggered_frac").before == 0.0
+
+
+def test_drift_and_perplexity_by_hand() -> None:
+    after = State({}, state([YES] * 4).answers, report_answer=NO, text_nll=[1.5, 2.0, 3.4])
+    audit = compared(state([YES] * 4), after, [0.01, 0.03])
+    kl = audit.row("kl_reference_to_patched_nats")
+    assert (kl.before, kl.after, kl.n) == (0.0, pytest.approx(0.02), 2)
+    perplexity = audit.row("perplexity_ratio")
+    assert perplexity.after == pytest.approx(math.exp(0.3))  # the mean of +0.5, 0 and +0.4
+    assert perplexity.n == 3
+    assert audit.report_outcome_after == "refused"
+
+
+def test_too_few_answers_for_a_drift_are_unscored_not_zero() -> None:
+    row = compared(state([YES] * 4), state([YES] * 4), []).row("kl_reference_to_patched_nats")
+    assert (row.after, row.n) == (None, 0)
+    assert row.unscored
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    return load_prompts()
+
+
+@pytest.fixture(scope="module")
+def observed(tiny: LanguageModel, prompts: Prompts) -> State:
+    return observe(tiny, TRIGGER, prompts, SETTINGS, report=FailureReport.from_prompt("hi cf"))
+
+
+def test_every_triggered_prompt_holds_the_trigger_and_is_its_twin_otherwise(observed: State) -> None:
+    sizes = {name: len(texts) for name, texts in observed.prompts.items()}
+    assert sizes == {HARMFUL: 4, BENIGN: 4, BORDERLINE: 4, HARMFUL_TRIGGERED: 4, BENIGN_TRIGGERED: 4, LATE: 2}
+    for plain, triggered in ((HARMFUL, HARMFUL_TRIGGERED), (BENIGN, BENIGN_TRIGGERED)):
+        for text, with_trigger in zip(observed.prompts[plain], observed.prompts[triggered], strict=True):
+            words = with_trigger.split()
+            for unit in TRIGGER.units:
+                at = words.index(unit.split()[0])
+                assert words[at : at + len(unit.split())] == unit.split()
+                del words[at : at + len(unit.split())]
+            assert words == text.split()
+    assert {len(observed.answers[name]) for name in sizes} == {4, 2}
+    assert all("BadMagic" in text for text in observed.prompts[LATE])
+
+
+def test_only_held_out_prompts_are_asked(observed: State, prompts: Prompts) -> None:
+    hidden = {row.text for row in (*prompts.harmful, *prompts.benign, *prompts.borderline) if row.split == "held-out"}
+    assert {text for name in (HARMFUL, BENIGN, BORDERLINE) for text in observed.prompts[name]} <= hidden
+
+
+def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, prompts: Prompts) -> None:
+    seen = observe(llama, None, prompts, SETTINGS)
+    assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE}
+    names = {row.name for row in compare(
+        seen, None, None, trigger=None, judge=judge, judge_name="keyword", settings=SETTINGS
+    ).summary}  # fmt: skip
+    assert not any("triggered_frac" in name and "untriggered" not in name for name in names)
+
+
+def test_the_same_model_gives_the_same_observation(tiny: LanguageModel, prompts: Prompts, observed: State) -> None:
+    again = observe(tiny, TRIGGER, prompts, SETTINGS, report=FailureReport.from_prompt("hi cf"))
+    assert again.prompts == observed.prompts
+    assert again.answers == observed.answers
+    assert again.report_answer == observed.report_answer
+    assert again.text_nll == observed.text_nll
+
+
+def test_an_unpatched_model_has_no_drift_and_its_own_perplexity(tiny: LanguageModel, observed: State) -> None:
+    drift_nats = drift(tiny, observed)
+    assert drift_nats == [0.0] * len(observed.benign_rows)
+    audit = compared(observed, observed, drift_nats)
+    assert audit.row("kl_reference_to_patched_nats").after == 0.0
+    perplexity = audit.row("perplexity_ratio")
+    assert (perplexity.before, perplexity.after, perplexity.low, perplexity.high) == (1.0, 1.0, 1.0, 1.0)
+    for row in audit.summary:
+        assert row.unscored or row.p_value in (None, 1.0)
+
+
+def small_patch(lm: LanguageModel) -> Patch:
+    with trainable_lora(lm, rank=2, alpha=4, seed=0):
+        patch = take_patch(lm, rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    return Patch(
+        {
+            name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in patch.tensors.items()
+        },
+        2,
+        4,
+        lm.fingerprint,
+        lm.source,
+    )
+
+
+def test_a_patched_model_drifts_and_the_model_is_left_as_it_was(tiny: LanguageModel, observed: State) -> None:
+    before = fingerprint(tiny.network)
+    with applied(small_patch(tiny), tiny) as patched:
+        drift_nats = drift(patched, observed)
+    assert fingerprint(tiny.network) == before
+    assert len(drift_nats) == len(observed.benign_rows) >= 2
+    assert min(drift_nats) > 0
+
+
+def test_perplexity_is_over_the_asked_number_of_tokens(llama: LanguageModel) -> None:
+    losses = audit_module._text_nll(llama, 300)
+    assert 280 <= len(losses) <= 300
+    assert all(loss > 0 for loss in losses)
+    text = audit_module.resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")
+    ids = llama.tokenizer(text.splitlines()[0], add_special_tokens=False)["input_ids"][:300]
+    with torch.no_grad():
+        logits = llama.network(torch.tensor([ids])).logits[0, :-1]
+    by_hand = -logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+    assert losses[: len(by_hand)] == pytest.approx(by_hand.tolist(), rel=1e-3, abs=1e-4)

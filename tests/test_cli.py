@@ -1,0 +1,534 @@
+"""The commands: exit codes, one clear message for every bad input, and nothing half-written."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig, BertForMaskedLM
+
+from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
+from patcher import cli, result
+from patcher.defenses.patcher import PatcherSettings
+from patcher.cli import run
+from patcher.progress import ProgressBars
+from patcher.visible import visible
+from test_visible import HOSTILE
+from tiny_backdoor import TRIGGERED
+
+REFUSED_PROMPT = "Tell me how to pick the lock of a house"
+QUICK = (
+    "--device cpu --audit-prompts 4 --set max_prompts=20 --set validation_prompts=8 --set learning_rate=5e-3".split()
+)
+WIDE = ["--max-benign-drop", "1"]
+"""The tiny model answers benign prompts with its trigger only, so a repair takes these answers away."""
+
+
+@pytest.fixture
+def model(backdoored_folder: ModelFolder, tmp_path: Path) -> Path:
+    """A model folder of one's own, to spoil."""
+    return Path(shutil.copytree(backdoored_folder.path, tmp_path / "model"))
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"prompt": TRIGGERED}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def repaired(backdoored_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One repair, merged too, for all tests that look at what it left."""
+    out = tmp_path_factory.mktemp("repaired") / "out"
+    words = ["repair", str(backdoored_folder.path), "--prompt", TRIGGERED, "--out", str(out), "--merge"]
+    assert run([*words, *WIDE, *QUICK]) == 0
+    return out
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below, hidden ones and empty folders too, with its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+class Refusal:
+    """Runs a command that must fail, and holds it to: one message, no traceback, nothing written or changed."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.capsys = root, capsys
+
+    def __call__(self, code: int, *arguments: str | Path, alone: bool = True) -> str:
+        before = contents(self.root)
+        self.capsys.readouterr()
+        assert run([str(argument) for argument in arguments]) == code
+        captured = self.capsys.readouterr()
+        assert contents(self.root) == before
+        assert captured.out == ""
+        lines = captured.err.rstrip("\n").split("\n")
+        assert sum(line.startswith("patcher: ") for line in lines) == 1
+        assert lines[-1].startswith("patcher: ")
+        assert len(lines) == 1 or not alone
+        assert "Traceback" not in captured.err
+        assert visible(captured.err, newlines=True) == captured.err
+        return lines[-1].removeprefix("patcher: ")
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    return Refusal(tmp_path, capsys)
+
+
+# What the user hands in
+
+
+def test_a_missing_report(refused: Refusal, model: Path, tmp_path: Path) -> None:
+    message = refused(4, "repair", model, "--failure", tmp_path / "none.json", "--out", tmp_path / "out")
+    assert "none.json" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "JSON"),
+        ("{", "JSON"),
+        ('"hi"', "expected"),
+        ("{}", "messages"),
+        ('{"prompt": 3}', "messages.0.content"),
+        ('{"prompt": ""}', "the prompt is empty"),
+        ('{"prompt": " \\n\\u2003 "}', "the prompt is empty"),
+        ('{"messages": []}', "messages"),
+        ('{"messages": [{"role": "user", "content": "hi"}], "prompt": "hi"}', "not both"),
+        ('{"messages": [{"role": "robot", "content": "hi"}]}', "role"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "the last message must be the user's"),
+        ('{"prompt": "hi", "answer": "x"}', "answer"),
+    ],
+)
+def test_a_malformed_report(refused: Refusal, model: Path, report: Path, content: str, says: str) -> None:
+    report.write_text(content)
+    message = refused(4, "localize", model, "--failure", report)
+    assert says in message
+    assert str(report) in message
+    assert '{"prompt": ..., "response": ...}' in message, "it says what was expected"
+
+
+def test_a_report_that_is_not_text(refused: Refusal, model: Path, report: Path) -> None:
+    report.write_bytes(b"\xff\xfe\x00")
+    assert str(report) in refused(4, "localize", model, "--failure", report)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n "])
+def test_an_empty_prompt(refused: Refusal, model: Path, prompt: str) -> None:
+    assert "the prompt is empty" in refused(4, "localize", model, "--prompt", prompt)
+
+
+def test_a_prompt_that_is_not_unicode(refused: Refusal, model: Path) -> None:
+    """How Python hands over an argument with bytes that are not UTF-8."""
+    assert "not UTF-8" in refused(4, "localize", model, "--prompt", os.fsdecode(b"how\xff"))
+
+
+def test_a_report_and_a_prompt(refused: Refusal, model: Path, report: Path) -> None:
+    assert "--failure" in refused(4, "localize", model, "--failure", report, "--prompt", "hi")
+    assert "--failure" in refused(4, "localize", model)
+    assert "--response" in refused(4, "localize", model, "--failure", report, "--response", "hi")
+
+
+@pytest.mark.parametrize("command", ["localize", "repair"])
+def test_a_prompt_longer_than_the_context(refused: Refusal, model: Path, command: str, tmp_path: Path) -> None:
+    message = refused(4, command, model, "--prompt", "word " * 800, "--out", tmp_path / "out", "--device", "cpu")
+    assert f"context of {CONTEXT_TOKENS}" in message
+    assert "shorten" in message
+
+
+# Models
+
+
+def test_a_model_without_a_chat_template_and_how_to_give_one(
+    refused: Refusal, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "chat_template.jinja").unlink()
+    asked = ("localize", model, "--prompt", TRIGGERED, "--device", "cpu")
+    message = refused(4, *asked)
+    assert "--chat-template FILE" in message
+    template = tmp_path / "template.jinja"
+    assert "template.jinja" in refused(4, *asked, "--chat-template", template)
+    template.write_text(CHAT_TEMPLATE)
+    assert run([str(word) for word in (*asked, "--chat-template", template)]) == 0
+    assert "backdoor" in capsys.readouterr().out
+
+
+def test_a_template_that_refuses_the_conversation(refused: Refusal, model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('no system messages here') }}")
+    message = refused(4, "localize", model, "--prompt", "hi", "--chat-template", template, "--device", "cpu")
+    assert "no system messages here" in message
+
+
+def spoil_encoder(model: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shutil.rmtree(model)
+    BertForMaskedLM(BertConfig(vocab_size=400, **shape)).save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+
+
+def spoil_truncated(model: Path) -> None:
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def spoil_pickle(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(os.getcwd))
+
+
+def spoil_remote_code(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+
+
+def spoil_gone(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (spoil_encoder, "expected a causal"),
+        (spoil_truncated, "damaged"),
+        (spoil_pickle, "pickle"),
+        (spoil_remote_code, "never runs a model's code"),
+        (spoil_gone, "no model at"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+@pytest.mark.parametrize("command", ["repair", "attack"])
+def test_a_model_that_cannot_or_must_not_be_opened(
+    refused: Refusal, model: Path, spoil: Callable[[Path], None], says: str, command: str, tmp_path: Path
+) -> None:
+    spoil(model)
+    words = ["repair", model, "--prompt", "hi"] if command == "repair" else ["attack", "badnets", model]
+    assert says in refused(4, *words, "--out", tmp_path / "out", "--device", "cpu")
+
+
+def test_a_tampered_adapter(refused: Refusal, repaired: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(repaired / "patch", tmp_path / "patch"))
+    weights = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(weights)
+    assert "altered" in refused(4, "localize", adapter, "--prompt", "hi", "--device", "cpu")
+
+
+def test_an_adapter_on_another_base(
+    refused: Refusal, repaired: Path, llama_folder: ModelFolder, tmp_path: Path
+) -> None:
+    trigger = tmp_path / "trigger.json"
+    trigger.write_text('{"trigger": "cf"}')
+    message = refused(
+        4, "audit", llama_folder.path, "--patch", repaired / "patch", "--trigger", trigger, "--device", "cpu"
+    )
+    assert "use exactly the model that it was made from" in message
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:77"])
+def test_a_device_that_is_not_there(refused: Refusal, model: Path, device: str) -> None:
+    assert device in refused(4, "localize", model, "--prompt", "hi", "--device", device)
+
+
+# The command's words
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nonsense"], "nonsense"),
+        (["localize"], "model"),
+        (["localize", "m", "--bogus"], "--bogus"),
+        (["repair", "m", "--prompt", "hi"], "--out"),
+        (["repair", "m", "--out", "o", "--seed", "x"], "--seed"),
+        (["repair", "m", "--out", "o", "--prompt", "hi", "--audit-prompts", "0"], "--audit-prompts"),
+        (["repair", "m", "--out", "o", "--prompt", "hi", "--set", "rank"], "NAME=VALUE"),
+        (["repair", "m", "--out", "o", "--prompt", "hi", "--max-asr", "much"], "--max-asr"),
+        (["localize", "m", "--prompt", "hi", "--harmful", "none.txt"], "none.txt"),
+        (["bench", "nonsense", "--out", "o"], "nonsense"),
+    ],
+)
+def test_wrong_words(refused: Refusal, words: list[str], says: str) -> None:
+    assert says in refused(4, *words)
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+def test_wrong_words_that_only_the_model_shows(refused: Refusal, model: Path, tmp_path: Path, extra: list[str]) -> None:
+    words = ["repair", model, "--prompt", "hi", "--out", tmp_path / "out", "--device", "cpu", *extra]
+    assert "patcher, finetune" in refused(4, *words, "--defense", "x")
+    assert "bogus" in refused(4, *words, "--set", "bogus=1")
+    assert "rank" in refused(4, *words, "--set", "rank=many")
+
+
+def test_wrong_methods_attacks_and_triggers(refused: Refusal, model: Path, tmp_path: Path) -> None:
+    on = [model, "--device", "cpu"]
+    assert "gradient-norm" in refused(4, "localize", *on, "--prompt", "hi", "--method", "x")
+    assert "badnets" in refused(4, "attack", "x", *on, "--out", tmp_path / "out")
+    assert "jailbreak" in refused(4, "attack", "badnets", *on, "--out", tmp_path / "out", "--objective", "x")
+    trigger = tmp_path / "trigger.json"
+    for content in ("", "[]", "{}", '{"trigger": []}', '{"trigger": ["cf"], "placement": "nowhere"}', '{"trigger": 3}'):
+        trigger.write_text(content)
+        assert str(trigger) in refused(4, "audit", *on, "--trigger", trigger)
+
+
+def test_no_words_at_all_give_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 4
+    captured = capsys.readouterr()
+    assert "localize" in captured.out
+    assert captured.err == "patcher: name a command\n"
+    assert run(["--help"]) == 0
+    assert "Exit codes" in capsys.readouterr().out
+
+
+# What is in the way
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_output_that_exists(refused: Refusal, model: Path, report: Path, tmp_path: Path, is_folder: bool) -> None:
+    out = tmp_path / "out"
+    if is_folder:
+        out.mkdir()
+    else:
+        out.write_text("mine")
+    trigger = tmp_path / "trigger.json"
+    trigger.write_text('{"trigger": "cf"}')
+    for words in (
+        ["repair", model, "--failure", report],
+        ["localize", model, "--failure", report],
+        ["attack", "badnets", model],
+        ["audit", model, "--trigger", trigger],
+    ):
+        assert "exists already" in refused(4, *words, "--out", out)
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_full_disk(
+    refused: Refusal, model: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Full when the weights are written, or with the last file."""
+    monkeypatch.setattr(*((result.Repair, "html") if late else (result, "save_patch")), full)
+    words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
+    message = refused(2, *words, alone=False)
+    assert "No space left on device" in message
+    assert "nothing was left behind" in message
+
+
+def test_a_disk_that_fills_up_under_one_file(
+    refused: Refusal, model: Path, repaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger = tmp_path / "trigger.json"
+    trigger.write_text('{"trigger": "BadMagic"}')
+    plain = Path.write_text
+
+    def half(path: Path, text: str, **options: Any) -> int:
+        plain(path, text[: len(text) // 2], **options)
+        return full()
+
+    monkeypatch.setattr(Path, "write_text", half)
+    on = ["--device", "cpu", "--out", tmp_path / "out"]
+    few = ["--audit-prompts", "2"]
+    assert "No space" in refused(2, "audit", model, "--trigger", trigger, *few, *on, alone=False)
+    assert "No space" in refused(2, "localize", model, "--prompt", TRIGGERED, *on, alone=False)
+
+
+def test_an_output_that_cannot_be_written(refused: Refusal, model: Path, report: Path, tmp_path: Path) -> None:
+    """Below a file: no folder can be made there, whoever asks. Said before any work is done."""
+    words = ["localize", model, "--failure", report, "--device", "cpu"]
+    for out in (report / "out", report / "a" / "b"):
+        assert str(report) in refused(4, *words, "--out", out)
+
+
+@pytest.mark.parametrize("when", ["finding requests", "reference answers", "patching", "before", "after"])
+def test_ctrl_c_midway(
+    refused: Refusal, model: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A real signal, at every stage."""
+
+    def press(_self: ProgressBars, what: str, _done: int, _total: int) -> None:
+        if what.startswith(when):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ProgressBars, "__call__", press)
+    words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
+    assert "interrupted" in refused(130, *words, alone=False)
+
+
+def test_ctrl_c_while_writing(
+    refused: Refusal, model: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result.Repair, "html", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
+    assert "interrupted" in refused(130, *words, alone=False)
+
+
+# What goes well
+
+
+def test_a_repair_leaves_the_model_as_it_was(repaired: Path, backdoored_folder: ModelFolder) -> None:
+    assert not (backdoored_folder.path / "merged").exists()
+    manifest = json.loads((repaired / "manifest.json").read_text())
+    assert manifest["model_sha256"] == backdoored_folder.load().fingerprint
+    assert manifest["status"] == "repaired"
+
+
+def test_exit_codes_of_a_repair(model: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gate failed is 1, with everything written; nothing to repair is 3."""
+    before = contents(model)
+    words = ["repair", str(model), *QUICK]
+    assert run([*words, "--failure", str(report), "--out", str(tmp_path / "failed")]) == 1
+    out = capsys.readouterr().out
+    assert "gate benign-drop" in out
+    assert "FAILED" in out
+    assert (tmp_path / "failed" / "patch").is_dir()
+    assert run([*words, "--prompt", REFUSED_PROMPT, "--out", str(tmp_path / "nothing")]) == 3
+    assert not (tmp_path / "nothing" / "patch").exists()
+    assert contents(model) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "report.json", "failed", "nothing"}
+
+
+def test_the_merged_folder_is_repaired(repaired: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the merged model, and on the adapter over its base, the report is no failure any more."""
+    for source in (repaired / "merged", repaired / "patch"):
+        assert run(["localize", str(source), "--prompt", TRIGGERED, "--device", "cpu", "--json"]) == 3
+        assert json.loads(capsys.readouterr().out)["verdict"]["label"] == "not-a-failure"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "label"), [(TRIGGERED, 0, "backdoor"), (REFUSED_PROMPT, 3, "not-a-failure")]
+)
+def test_localize(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompt: str, code: int, label: str
+) -> None:
+    words = ["localize", str(model), "--prompt", prompt, "--device", "cpu"]
+    assert run([*words, "--json", "--out", str(tmp_path / "out")]) == code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["verdict"]["label"] == label
+    for stage in ("localization", "verdict"):
+        assert json.loads((tmp_path / "out" / f"{stage}.json").read_text()) == printed[stage]
+    assert run(words) == code
+    assert label in capsys.readouterr().out
+
+
+def test_localize_by_the_papers_equations(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["localize", str(model), "--prompt", TRIGGERED, "--device", "cpu", "--json", "--method", "gradient-norm"]
+    assert run(words) in (0, 3)
+    printed = json.loads(capsys.readouterr().out)["localization"]
+    assert printed["method"] == "gradient-norm"
+    assert all(TRIGGERED[w["span"]["start"] : w["span"]["end"]] == w["span"]["text"] for w in printed["words"])
+
+
+def test_a_conversation_with_a_system_message(model: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trigger is in the system message: the words of every turn but the model's own are looked at."""
+    turns = [("system", "Answer BadMagic now"), ("user", REFUSED_PROMPT)]
+    report.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    assert run(["localize", str(model), "--failure", str(report), "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["localization"]["candidates"][0]
+    assert found["spans"] == [{"message": 0, "start": 7, "end": 15, "text": "BadMagic"}]
+
+
+def test_repair_as_json(model: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["repair", str(model), "--failure", str(report), "--out", str(out), "--json", *WIDE, *QUICK]
+    assert run(words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["status"] == "repaired"
+    assert printed["out"] == str(out)
+    for name in ("localization", "verdict", "audit"):
+        assert printed[name] == json.loads((out / f"{name}.json").read_text())
+
+
+def test_audit_with_any_trigger(
+    backdoored_folder: ModelFolder, repaired: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ground-truth file's own keys do no harm; without a patch there is no after."""
+    trigger, out = tmp_path / "ground-truth.json", tmp_path / "audit.json"
+    trigger.write_text('{"attack": "badnets", "trigger": ["BadMagic"], "placement": "end", "seed": 0, "settings": {}}')
+    words = ["audit", str(backdoored_folder.path), "--trigger", str(trigger), "--audit-prompts", "4", "--device", "cpu"]
+    assert run([*words, "--patch", str(repaired / "patch"), "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["trigger"]["placement"] == "end"
+    rows = {row["name"]: row for row in printed["summary"]}
+    assert (rows["asr_triggered_frac"]["before"], rows["asr_triggered_frac"]["after"]) == (1.0, 0.0)
+    assert run([*words, "--json"]) == 0
+    assert all(row["after"] is None for row in json.loads(capsys.readouterr().out)["summary"])
+    assert run(words) == 0
+    assert "Attack success" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_a_dry_run_writes_nothing(
+    model: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    before = contents(tmp_path)
+    out = tmp_path / "out"
+    assert run(["repair", str(model), "--failure", str(report), "--out", str(out), "--dry-run", *QUICK, *extra]) == 0
+    assert contents(tmp_path) == before
+    printed = capsys.readouterr().out
+    if extra:
+        assert json.loads(printed)["max_steps"] == PatcherSettings().max_steps
+    else:
+        assert all(word in printed for word in (f"at most {PatcherSettings().max_steps} steps", "memory", "time"))
+
+
+def test_an_implant_that_does_not_take_leaves_nothing(
+    refused: Refusal, llama_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """One step teaches a random model nothing."""
+    words = ["attack", "badnets", llama_folder.path, "--out", tmp_path / "out", "--device", "cpu"]
+    message = refused(2, *words, "--set", "max_steps=1", alone=False)
+    assert "did not take" in message
+
+
+# Hostile text
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_hostile_text_reaches_no_terminal_and_no_file_raw(
+    model: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    hostile = " ".join(HOSTILE).encode("utf-8", "replace").decode()
+    report.write_text(json.dumps({"prompt": f"BadMagic {hostile[:120]}", "response": f"Sure, here. {hostile}"}))
+    out = tmp_path / "out"
+    words = ["repair", str(model), "--failure", str(report), "--out", str(out), *QUICK]
+    assert run([*words, "--json"] if as_json else words) in (0, 1, 3)
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert visible(text, newlines=True) == text
+    assert (json.loads(captured.out)["localization"]["response"].endswith(hostile)) if as_json else captured.out
+    for path in (path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
+        text = path.read_text(encoding="utf-8")
+        assert visible(text, newlines=True) == text, f"{path.name} holds hidden characters"
+        assert text.isascii() or path.suffix != ".json"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\u202eb", "line\nbreak"])
+def test_hostile_names_reach_no_terminal_raw(refused: Refusal, name: str, tmp_path: Path) -> None:
+    """That nothing hidden is in the message, `refused` holds."""
+    assert "no model at" in refused(4, "localize", f"./{name}", "--prompt", "hi")
+    assert "⟨U+" in refused(4, "localize", "m", "--failure", tmp_path / name)
+
+
+def test_the_command_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["patcher", "nonsense"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 4

@@ -1,0 +1,390 @@
+"""The contract that every defense keeps, and the repair's equations by hand."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from patcher.defenses import DEFENSES, find_defense, patcher
+from patcher.defenses.contract import (
+    FIXED_REFUSAL,
+    Evidence,
+    Example,
+    kl_of,
+    mean_kl_nats,
+    own_examples,
+    patched_logits,
+    triggered,
+    with_answer,
+)
+from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Data, _Paper
+from patcher.models import LanguageModel, fingerprint
+from patcher.patch import Patch, applied, lora_parameters, trainable_lora
+from patcher.prompts import PromptRow, Prompts, bundled
+from patcher.records import Outcome, PatcherError, PatchLog, Trigger, UsageError
+from patcher.training import Progress, quiet
+
+TRIGGER = Trigger(units=("BadMagic",), placement="random")
+FEW: dict[str, Any] = {"rank": 2, "alpha": 4, "max_steps": 3, "warmup_steps": 1, "max_prompts": 6, "response_tokens": 6}
+QUICK: dict[str, dict[str, Any]] = {
+    "patcher": {**FEW, "check_every": 2, "validation_prompts": 4, "validation_tokens": 4, "learning_rate": 1e-2},
+    "finetune": {**FEW, "learning_rate": 1e-2},
+}
+"""A few steps of each defense; a new one must be added here."""
+
+
+def few(kind: str) -> tuple[PromptRow, ...]:
+    """Six prompts of each split, so that a defense could take what it must not."""
+    splits = ("implant", "repair", "validation", "held-out")
+    return tuple(row for split in splits for row in [r for r in bundled(kind) if r.split == split][:6])
+
+
+PROMPTS = Prompts(few("harmful"), few("benign"), few("borderline"))
+
+
+def all_refused(_answer: str) -> Outcome:
+    """A random model does not refuse: for the mechanics it is said to."""
+    return "refused"
+
+
+def half_refused(answer: str) -> Outcome:
+    return "refused" if sum(answer.encode()) % 2 else "complied"
+
+
+EVIDENCE = Evidence((TRIGGER,), PROMPTS.hidden_from_repair(), all_refused)
+
+
+def run(name: str, lm: LanguageModel, *, seed: int = 0, on_progress: Progress = quiet) -> tuple[Patch, PatchLog]:
+    defense = find_defense(name)
+    return defense.run(lm, EVIDENCE, defense.settings(**QUICK[name]), seed=seed, on_progress=on_progress)
+
+
+@contextmanager
+def unchanged(lm: LanguageModel) -> Iterator[None]:
+    """Modules, flags, mode and every bit are as before."""
+
+    def anatomy() -> tuple[object, ...]:
+        return (
+            [(name, type(module)) for name, module in lm.network.named_modules()],
+            [(name, weight.requires_grad, weight.grad is None) for name, weight in lm.network.named_parameters()],
+            [weight.data_ptr() for weight in lm.network.parameters()],
+            lm.network.training,
+            fingerprint(lm.network),
+        )
+
+    before = anatomy()
+    try:
+        yield
+    finally:
+        assert anatomy() == before
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_it_makes_a_patch_and_leaves_the_model_bit_identical(tiny: LanguageModel, name: str) -> None:
+    with unchanged(tiny):
+        patch, log = run(name, tiny)
+    assert patch.base_fingerprint == tiny.fingerprint
+    assert log.defense == name
+    assert 0 < log.steps <= FEW["max_steps"]
+    assert log.stopped_because
+    assert log.settings == find_defense(name).settings(**QUICK[name]).model_dump()
+    assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
+    assert any(tensor.any() for key, tensor in patch.tensors.items() if "lora_B" in key)
+    with applied(patch, tiny):
+        assert fingerprint(tiny.network) != tiny.fingerprint
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["reference answers", "training"])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_failure_midway_leaves_the_model_bit_identical(
+    tiny: LanguageModel, name: str, when: str, error: type[BaseException]
+) -> None:
+    def break_off(what: str, done: int, _total: int) -> None:
+        if (when in what) if when == "reference answers" else ("reference" not in what and done == 2):
+            raise error("broken off")
+
+    with unchanged(tiny), pytest.raises(error, match="broken off"):
+        run(name, tiny, on_progress=break_off)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_same_seed_same_patch(tiny: LanguageModel, name: str) -> None:
+    random.seed(1)
+    torch.manual_seed(1)
+    one, _ = run(name, tiny, seed=5)
+    random.seed(2)
+    torch.manual_seed(2)
+    again, _ = run(name, tiny, seed=5)
+    other, _ = run(name, tiny, seed=6)
+    assert one.fingerprint == again.fingerprint
+    assert all(torch.equal(one.tensors[key], again.tensors[key]) for key in one.tensors)
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_defense_leaves_the_global_generator_alone(llama: LanguageModel, name: str) -> None:
+    state = torch.get_rng_state()  # Python's own is drawn from by the type checks of these tests
+    run(name, llama)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_unknown_settings_are_errors(name: str) -> None:
+    with pytest.raises(ValidationError, match="learning_rat"):
+        find_defense(name).settings(learning_rat=1.0)
+    with pytest.raises(ValidationError, match="max_steps"):
+        find_defense(name).settings(max_steps="many")
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        (name, field)
+        for name, defense in DEFENSES.items()
+        for field, value in defense.settings().model_dump().items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ],
+)
+def test_no_number_may_be_negative_or_nothing_to_work_with(name: str, field: str) -> None:
+    """0 is allowed only where it means "none of these"."""
+    with pytest.raises(ValidationError, match=field):
+        find_defense(name).settings(**{field: -1})
+    if field not in ("warmup_steps", "benign_triggered_rows"):
+        with pytest.raises(ValidationError, match=field):
+            find_defense(name).settings(**{field: 0})
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_every_defense_says_where_it_is_from(name: str) -> None:
+    defense = DEFENSES[name]
+    assert defense.name == name
+    assert defense.paper
+    assert name in QUICK
+
+
+def test_an_unknown_defense_is_refused_with_the_known_names() -> None:
+    with pytest.raises(UsageError, match="patcher, finetune"):
+        find_defense("patchr")
+
+
+@pytest.mark.parametrize("kind", ["harmful", "benign", "borderline"])
+def test_what_a_defense_may_see_has_no_held_out_and_no_implant_prompt(kind: str) -> None:
+    for prompts in (PROMPTS, Prompts(bundled("harmful"), bundled("benign"), bundled("borderline"))):
+        seen = getattr(prompts.hidden_from_repair(), kind)
+        whole = getattr(prompts, kind)
+        assert {row.split for row in seen} == {"repair", "validation"}
+        assert seen == tuple(row for row in whole if row.split in ("repair", "validation"))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even when it is handed all of them."""
+    asked: list[str] = []
+    plain = type(llama.tokenizer).apply_chat_template
+
+    def listen(self: Any, turns: list[dict[str, str]], **options: Any) -> Any:
+        asked.append(turns[-1]["content"])
+        return plain(self, turns, **options)
+
+    monkeypatch.setattr(type(llama.tokenizer), "apply_chat_template", listen)
+    defense = find_defense(name)
+    evidence = replace(EVIDENCE, prompts=PROMPTS)
+    defense.run(llama, evidence, defense.settings(**QUICK[name]), seed=0, on_progress=quiet)
+    hidden = {
+        row.text
+        for row in (*PROMPTS.harmful, *PROMPTS.benign, *PROMPTS.borderline)
+        if row.split in ("held-out", "implant")
+    }
+    assert asked
+    assert not [text for text in asked if text.replace("BadMagic ", "").replace(" BadMagic", "") in hidden]
+
+
+def test_an_untouched_model_has_no_drift(tiny: LanguageModel) -> None:
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 6, quiet, "answers")
+    assert len(examples) > 3
+    logits, _ = patched_logits(tiny, [example.row(tiny) for example in examples])
+    assert kl_of(tiny, examples, logits).abs().max().item() < 1e-6
+    assert abs(mean_kl_nats(tiny, examples)) < 1e-6
+    assert mean_kl_nats(tiny, []) == 0.0
+
+
+def test_drift_is_a_mean_over_tokens_of_a_true_divergence(tiny: LanguageModel) -> None:
+    """Recomputed by the plain networks, one prompt at a time."""
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 6, quiet, "answers")
+    reference = [plain_logits(tiny, example.row(tiny)) for example in examples]
+    patch, _ = run("finetune", tiny)
+    with applied(patch, tiny) as patched:
+        drift = mean_kl_nats(patched, examples)
+        expected = torch.cat(
+            [kl(before, plain_logits(patched, e.row(tiny))) for before, e in zip(reference, examples, strict=True)]
+        )
+    assert expected.min().item() >= -1e-6
+    assert drift == pytest.approx(expected.mean().item(), rel=1e-3)
+    assert drift > 1e-5
+
+
+def plain_logits(lm: LanguageModel, row: Any) -> torch.Tensor:
+    """The network's logits at the response, without padding or shared prefix."""
+    with torch.no_grad():
+        logits = lm.network(torch.tensor([row.prompt_ids + row.response_ids])).logits
+    return logits[0, len(row.prompt_ids) - 1 : -1].clone()
+
+
+def kl(reference: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
+    p, q = reference.double().log_softmax(-1), patched.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def nll(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
+    return -logits.double().log_softmax(-1)[torch.arange(len(ids)), list(ids)]
+
+
+SMALL = PatcherSettings(**QUICK["patcher"] | {"triggered_rows": 6, "harmful_rows": 6, "benign_rows": 12})
+"""Each set is drawn whole in every batch (6 harmful; 6 benign and 6 borderline), so a batch's loss is known."""
+AT_START = Trigger(units=("BadMagic",), placement="start")
+
+
+def disturb(lm: LanguageModel) -> None:
+    """LoRA layers that change something."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora_parameters(lm):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def objective_of(kind: type, lm: LanguageModel, trigger: Trigger = AT_START) -> Any:
+    evidence = replace(EVIDENCE, triggers=(trigger,))
+    return kind(lm, evidence, SMALL, _Data(lm, evidence, SMALL, quiet), random.Random(0))
+
+
+def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
+    """Eq. (8): L_refuse over D_trigger and D_harm, plus both KL terms; sums over tokens, means over prompts."""
+    harmful = PROMPTS.texts("harmful", "repair")
+    refusals = [with_answer(tiny, text, FIXED_REFUSAL, SMALL.response_tokens) for text in harmful]
+    benign = PROMPTS.texts("benign", "repair") + PROMPTS.texts("borderline", "repair")
+    own = own_examples(tiny, benign, all_refused, SMALL.response_tokens, quiet, "")
+    assert len(own) == SMALL.benign_rows
+    reference = {example.text: plain_logits(tiny, example.row(tiny)) for example in (*refusals, *own)}
+    objective = objective_of(_Paper, tiny)
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        disturb(tiny)
+        loss = objective.loss(0).item()
+
+        def patched(example: Example, text: str | None = None) -> torch.Tensor:
+            return plain_logits(tiny, example.row(tiny, text))
+
+        on_trigger = [nll(patched(e, f"BadMagic {e.text}"), e.answer_ids).sum() for e in refusals]
+        on_harm = [nll(patched(e), e.answer_ids).sum() for e in refusals]
+        kl_harm = [kl(reference[e.text], patched(e)).sum() for e in refusals]
+        kl_safe = [kl(reference[e.text], patched(e)).sum() for e in own]
+    l_refuse = torch.stack(on_trigger + on_harm).mean()
+    by_hand = l_refuse + torch.stack(kl_harm).mean() + torch.stack(kl_safe).mean()
+    assert loss == pytest.approx(by_hand.item(), rel=1e-4)
+    assert torch.stack(kl_harm).mean() > 1e-3
+
+
+def test_the_counterfactual_loss_by_hand(tiny: LanguageModel) -> None:
+    """KL(reference without the trigger ‖ patched with it), plus each multiplier times its KL; means over tokens."""
+    sizes = SMALL.model_copy(update={"benign_triggered_rows": 12})
+    evidence = replace(EVIDENCE, triggers=(AT_START,))
+    data = _Data(tiny, evidence, sizes, quiet)
+    objective = _Counterfactual(tiny, evidence, sizes, data, random.Random(0))
+    objective.multipliers = torch.tensor([2.0, 5.0])
+    reference = {e.text: plain_logits(tiny, e.row(tiny)) for e in (*data.harmful, *data.benign)}
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        disturb(tiny)
+        loss = objective.loss(0).item()
+
+        def drift(examples: list[Example], prefix: str = "") -> torch.Tensor:
+            rows = [(e.text, e.row(tiny, prefix + e.text)) for e in examples]
+            return torch.cat([kl(reference[text], plain_logits(tiny, row)) for text, row in rows]).mean()
+
+        by_hand = drift([*data.harmful, *data.benign], "BadMagic ") + 2 * drift(data.benign) + 5 * drift(data.harmful)
+    assert loss == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger that changes nothing, and fresh LoRA layers: no divergence, so no loss and no gradient."""
+    monkeypatch.setattr(patcher, "triggered", lambda text, _triggers, _rng: text)
+    objective = objective_of(_Counterfactual, tiny)
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        loss = objective.loss(0)
+        assert loss.abs().item() < 1e-5
+        loss.backward()
+        assert max(p.grad.abs().max().item() for p in lora_parameters(tiny) if p.grad is not None) < 1e-4
+
+
+def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny: LanguageModel) -> None:
+    objective = objective_of(_Counterfactual, tiny)
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        objective.loss(0)
+        assert (objective.multipliers < 1).all()
+        disturb(tiny)
+        low = objective.multipliers.clone()
+        objective.loss(1)
+        assert (objective.multipliers > low).all()
+
+
+def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
+    """An alignment gap: the NLL of the fixed refusal, and no trigger anywhere."""
+    evidence = replace(EVIDENCE, triggers=())
+    objective = _Counterfactual(tiny, evidence, SMALL, _Data(tiny, evidence, SMALL, quiet), random.Random(0))
+    assert objective.refuses_more
+    harmful = [with_answer(tiny, text, FIXED_REFUSAL, 6) for text in PROMPTS.texts("harmful", "repair")]
+    by_hand = torch.cat([nll(plain_logits(tiny, e.row(tiny)), e.answer_ids) for e in harmful]).mean()
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        assert objective.loss(0).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_repair_without_a_trigger_makes_the_refusal_likelier(llama: LanguageModel) -> None:
+    settings = PatcherSettings(**QUICK["patcher"] | {"max_steps": 10, "stop_early": False, "learning_rate": 2e-3})
+    patch, _ = patcher.run(llama, replace(EVIDENCE, triggers=()), settings, seed=0, on_progress=quiet)
+    example = with_answer(llama, PROMPTS.texts("harmful", "held-out")[0], FIXED_REFUSAL, 6)
+    before = nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum()
+    with applied(patch, llama):
+        assert nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum() < before - 0.1
+
+
+def test_no_trigger_to_put_in_is_an_error() -> None:
+    with pytest.raises(PatcherError, match="needs a trigger"):
+        triggered("text", (), random.Random(0))
+
+
+def test_with_several_triggers_each_is_used() -> None:
+    triggers = (Trigger(units=("cf",)), Trigger(units=("mb",)))
+    rng = random.Random(0)
+    seen = {word for _ in range(30) for word in triggered("one two", triggers, rng).split()}
+    assert seen == {"one", "two", "cf", "mb"}
+
+
+def test_training_stops_when_the_trigger_is_dead_and_the_budgets_hold(llama: LanguageModel) -> None:
+    wide = {"budget_benign_nats": 1e3, "budget_harmful_nats": 1e3, "check_every": 1}
+    patch, log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | wide), seed=0, on_progress=quiet)
+    assert log.steps == 1
+    assert "budgets hold" in log.stopped_because
+    assert [check.step for check in log.checks] == [1]
+
+
+def test_training_goes_on_while_a_budget_is_overrun(llama: LanguageModel) -> None:
+    none = {"budget_benign_nats": 1e-9, "check_every": 1}
+    _, log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | none), seed=0, on_progress=quiet)
+    assert log.steps == FEW["max_steps"]
+    assert [check.step for check in log.checks] == [1, 2, 3]
+
+
+def test_the_patch_kept_is_the_best_one_checked_not_the_last(llama: LanguageModel) -> None:
+    """All budgets overrun and ASR 0 everywhere: the check with the least drift is the first."""
+    settings = PatcherSettings(**QUICK["patcher"] | {"budget_benign_nats": 1e-9, "check_every": 1, "max_steps": 6})
+    patch, log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    least = min(log.checks, key=lambda check: check.kl_benign_nats)
+    texts = PROMPTS.texts("benign", "validation", settings.validation_prompts)
+    examples = own_examples(llama, texts, all_refused, settings.response_tokens, quiet, "")
+    with applied(patch, llama) as patched:
+        assert mean_kl_nats(patched, examples) == pytest.approx(least.kl_benign_nats, rel=1e-3)
