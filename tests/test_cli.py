@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
-from patcher.defenses.patcher import PatcherSettings
 from patcher.cli import run
+from patcher.defenses.patcher import PatcherSettings
 from patcher.progress import ProgressBars
 from patcher.visible import visible
 from test_visible import HOSTILE
