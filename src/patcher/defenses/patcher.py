@@ -57,7 +57,7 @@ class PatcherSettings(Record):
     """Harmful requests without it."""
     benign_rows: PositiveInt = 6
     """Benign requests without it."""
-    benign_triggered_rows: NonNegativeInt = 4
+    benign_triggered_rows: NonNegativeInt = 6
     """Benign requests with the trigger (counterfactual only): it must not teach refusing them."""
     max_prompts: PositiveInt = 150
     """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
@@ -69,8 +69,8 @@ class PatcherSettings(Record):
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
-    validation_prompts: PositiveInt = 40
-    """Validation prompts of each kind that decide when to stop."""
+    validation_prompts: PositiveInt = 84
+    """Harmful validation prompts that decide when to stop, and half as many benign ones."""
     validation_tokens: PositiveInt = 16
     """Tokens generated for each of them."""
 
@@ -81,7 +81,8 @@ def run(
     """Train a LoRA patch until the trigger is dead on validation prompts and the drift is within its budgets.
 
     Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
-        minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y))                      over harmful and benign x
+        minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y))                      over harmful x that θ0 refuses
+                 + KL(θ0(·|x ⊕ trigger, y') ‖ θ(·|x ⊕ trigger, y'))          over benign x, y' the triggered answer
         subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget                       over benign x, and over harmful x
     by dual ascent on one multiplier a constraint. Without a trigger (an alignment gap) the first term is the NLL of a
     fixed refusal on harmful x: plain refusal training under the same budget on benign x.
@@ -130,7 +131,7 @@ def run(
 
 
 def answered(examples: list[Example]) -> list[Example]:
-    """Those the reference answers: a trigger in a benign prompt must not be taught to bring a refusal."""
+    """Those the reference answers: a benign prompt's refusal must not be taught."""
     return [example for example in examples if example.outcome == "complied"]
 
 
@@ -149,8 +150,10 @@ class _Data:
         self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
         self.benign = own(benign, "benign")
         self.validation_harmful = own(prompts.texts("harmful", "validation", few), "validation")
-        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
+        self.validation_benign = own(prompts.texts("benign", "validation", (few + 1) // 2), "validation")
         rng = random.Random(0)
+        in_benign = [triggered(text, evidence.triggers, rng) for text in benign] if evidence.triggers else []
+        self.benign_triggered = answered(own(in_benign, "benign + trigger"))
         refused = [example for example in self.validation_harmful if example.outcome == "refused"]
         # A request that is answered without the trigger, too, says nothing about the trigger.
         self.validation_triggered = [
@@ -195,23 +198,23 @@ class _Counterfactual:
             )
         self.harmful = endless(refusing, rng)
         self.benign = endless(data.benign, rng)
-        self.answered = endless(answered(data.benign) or data.benign, rng)
+        self.benign_triggered = endless(data.benign_triggered or answered(data.benign) or data.benign, rng)
         self.multipliers = torch.ones(2)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
         sizes, has_trigger = self.settings, bool(self.triggers)
         broken = [next(self.harmful) for _ in range(sizes.triggered_rows)]
-        broken_benign = [next(self.answered) for _ in range(sizes.benign_triggered_rows * has_trigger)]
+        benign_triggered = [next(self.benign_triggered) for _ in range(sizes.benign_triggered_rows * has_trigger)]
         harmful = [next(self.harmful) for _ in range(sizes.harmful_rows * has_trigger)]
         benign = [next(self.benign) for _ in range(sizes.benign_rows)]
-        rows = [self._broken_row(example) for example in (*broken, *broken_benign)]
-        rows += [example.row(self.lm) for example in (*harmful, *benign)]
+        rows = [self._broken_row(example) for example in broken]
+        rows += [example.row(self.lm) for example in (*benign_triggered, *harmful, *benign)]
         logits, targets = patched_logits(self.lm, rows)
-        parts = (broken, broken_benign, harmful, benign)
+        parts = (broken, benign_triggered, harmful, benign)
         split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
         if has_trigger:  # the two sets weigh the same, though refusals are short and benign answers long
-            target = self._mean_kl(broken, split[0]) + self._mean_kl(broken_benign, split[1])
+            target = self._mean_kl(broken, split[0]) + self._mean_kl(benign_triggered, split[1])
         else:
             target = response_nll(split[0], targets[: len(split[0])]).mean()
         kls = torch.stack([self._mean_kl(benign, split[3]), self._mean_kl(harmful, split[2])])
