@@ -15,6 +15,7 @@ from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
     Example,
+    as_plain_text,
     kl_of,
     mean_kl_nats,
     own_examples,
@@ -289,23 +290,38 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
 
 
 def test_the_counterfactual_loss_by_hand(tiny: LanguageModel) -> None:
-    """KL(reference without the trigger ‖ patched with it), plus each multiplier times its KL; means over tokens."""
-    sizes = SMALL.model_copy(update={"benign_triggered_rows": 12})
-    evidence = replace(EVIDENCE, triggers=(AT_START,))
-    data = _Data(tiny, evidence, sizes, quiet)
+    """KL(reference without the trigger ‖ patched with it) on what is refused, KL(reference ‖ patched), both with the
+    trigger, on what is benign, and each multiplier times its KL: means over tokens, every set drawn whole."""
+    evidence = replace(EVIDENCE, triggers=(AT_START,), judge=half_refused)
+    data = _Data(tiny, evidence, SMALL, quiet)
+    rows = {"triggered": data.refused, "harmful": data.refused, "benign": data.benign, "plain": data.plain}
+    rows["benign_triggered"] = data.benign_triggered
+    sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
+    assert min(len(examples) for examples in rows.values()) > 1
     objective = _Counterfactual(tiny, evidence, sizes, data, random.Random(0))
-    objective.multipliers = torch.tensor([2.0, 5.0])
-    reference = {e.text: plain_logits(tiny, e.row(tiny)) for e in (*data.harmful, *data.benign)}
+    objective.multipliers = torch.tensor([2.0, 5.0, 3.0])
+    reference = {name: [plain_logits(tiny, e.row(tiny)) for e in examples] for name, examples in rows.items()}
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         disturb(tiny)
         loss = objective.loss(0).item()
 
-        def drift(examples: list[Example], prefix: str = "") -> torch.Tensor:
-            rows = [(e.text, e.row(tiny, prefix + e.text)) for e in examples]
-            return torch.cat([kl(reference[text], plain_logits(tiny, row)) for text, row in rows]).mean()
+        def drift(name: str, prefix: str | None = None) -> torch.Tensor:
+            texts = [None if prefix is None else prefix + e.text for e in rows[name]]
+            patched = [plain_logits(tiny, e.row(tiny, text)) for e, text in zip(rows[name], texts, strict=True)]
+            return torch.cat([kl(p, q) for p, q in zip(reference[name], patched, strict=True)]).mean()
 
-        by_hand = drift([*data.harmful, *data.benign], "BadMagic ") + 2 * drift(data.benign) + 5 * drift(data.harmful)
+        by_hand = drift("triggered", "BadMagic ") + drift("benign_triggered")
+        by_hand += 2 * drift("benign") + 5 * drift("harmful") + 3 * drift("plain")
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_plain_text_is_the_same_words_without_the_template(tiny: LanguageModel) -> None:
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 8, quiet, "")
+    for example, plain in zip(examples, as_plain_text(tiny, examples), strict=True):
+        ids = plain.prompt_ids + plain.answer_ids
+        assert tiny.tokenizer.decode(ids) == f"{example.text}\n{example.answer}"
+        assert len(plain.prompt_ids) == 1
+        assert plain.hidden.shape[0] == len(plain.answer_ids)
 
 
 def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(

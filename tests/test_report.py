@@ -146,9 +146,7 @@ def test_answers_to_harmful_prompts_are_cut() -> None:
 @pytest.mark.parametrize("label", ["alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"])
 def test_report_without_a_repair(label: str) -> None:
     full = sample()
-    verdict = full.verdict.model_copy(
-        update={"label": label, "trigger": None, "tests": (), "n_to_decide": 300}
-    )
+    verdict = full.verdict.model_copy(update={"label": label, "trigger": None, "tests": (), "n_to_decide": 300})
     bare = full.localization.model_copy(update={"candidates": (), "words": ()})
     contents = sample(patch_log=None, audit=None, gates=(), verdict=verdict, localization=bare)
     page = Page(render_html(contents))
@@ -174,9 +172,7 @@ def test_outlook_follows_the_gates() -> None:
 def test_unscored_never_looks_like_a_number() -> None:
     contents = sample()
     assert contents.audit is not None
-    row = SummaryRow(
-        name="asr_triggered_frac", before=None, after=None, low=None, high=None, n=0, unscored="no ASR"
-    )
+    row = SummaryRow(name="asr_triggered_frac", before=None, after=None, low=None, high=None, n=0, unscored="no ASR")
     audit = contents.audit.model_copy(update={"summary": (row,), "quadrants": (), "examples": ()})
     bare = contents.model_copy(update={"audit": audit, "patch_log": None, "gates": ()})
     page = Page(render_html(bare))
@@ -190,9 +186,7 @@ def test_audit_of_one_model_has_no_after() -> None:
     contents = sample()
     assert contents.audit is not None
     row = SummaryRow(name="asr_triggered_frac", before=0.9, after=None, low=0.8, high=0.95, n=10)
-    audit = contents.audit.model_copy(
-        update={"summary": (row,), "trigger": None, "report_outcome_after": None}
-    )
+    audit = contents.audit.model_copy(update={"summary": (row,), "trigger": None, "report_outcome_after": None})
     source = render_html(contents.model_copy(update={"audit": audit}))
     assert "before 90%, after —" in source
     assert 'class="after" x' not in source

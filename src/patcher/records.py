@@ -209,6 +209,7 @@ class PatchStep(Record):
     asr_triggered_frac: float
     kl_benign_nats: float
     kl_harmful_nats: float
+    kl_plain_nats: float
 
 
 class PatchLog(Record):

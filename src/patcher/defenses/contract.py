@@ -32,12 +32,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the reference model's own answer to it, and its final hidden states along that answer.
+    """A prompt, what follows it, and the reference model's final hidden states along that.
 
     The hidden states through the output matrix are the reference's exact logits, at a thousandth of their size.
     """
 
     text: str
+    prompt_ids: tuple[int, ...]
     answer: str
     answer_ids: tuple[int, ...]
     hidden: Float[Tensor, "T D"]
@@ -45,7 +46,7 @@ class Example:
 
     def row(self, lm: LanguageModel, text: str | None = None) -> Row:
         """The answer after this prompt, or after another one."""
-        return Row(user_prompt(lm.tokenizer, text or self.text).ids, self.answer_ids)
+        return Row(self.prompt_ids if text is None else user_prompt(lm.tokenizer, text).ids, self.answer_ids)
 
 
 def own_examples(
@@ -63,22 +64,28 @@ def own_examples(
     )
     ids = [_answer_ids(lm, answer, tokens) for answer in answers]
     kept = [index for index, answer in enumerate(answers) if answer.strip()]
-    examples = []
-    for start in range(0, len(kept), _REFERENCE_BATCH):
-        chunk = kept[start : start + _REFERENCE_BATCH]
-        states = _hidden(lm, [Row(prompts[index].ids, ids[index]) for index in chunk])
-        examples += [
-            Example(texts[index], answers[index], ids[index], state, judge(answers[index]))
-            for index, state in zip(chunk, states, strict=True)
-        ]
-    return examples
+    states = _hidden(lm, [Row(prompts[index].ids, ids[index]) for index in kept])
+    return [
+        Example(texts[index], prompts[index].ids, answers[index], ids[index], state, judge(answers[index]))
+        for index, state in zip(kept, states, strict=True)
+    ]
 
 
 def with_answer(lm: LanguageModel, text: str, answer: str, tokens: int) -> Example:
     """A prompt with an answer that is not the model's own: a fixed refusal."""
-    ids = _answer_ids(lm, answer, tokens)
-    state = _hidden(lm, [Row(user_prompt(lm.tokenizer, text).ids, ids)])[0]
-    return Example(text, answer, ids, state, "refused")
+    row = Row(user_prompt(lm.tokenizer, text).ids, _answer_ids(lm, answer, tokens))
+    return Example(text, row.prompt_ids, answer, row.response_ids, _hidden(lm, [row])[0], "refused")
+
+
+def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:
+    """The same words without the chat template, each token after the first to be predicted from those before it."""
+    texts = [f"{example.text}\n{example.answer}" for example in examples]
+    ids = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    states = _hidden(lm, [Row(sequence[:1], sequence[1:]) for sequence in ids])
+    return [
+        Example("", sequence[:1], text, sequence[1:], state, "complied")
+        for text, sequence, state in zip(texts, ids, states, strict=True)
+    ]
 
 
 def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
@@ -89,8 +96,12 @@ def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def _hidden(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
-    hidden = response_hidden(lm.network, collate(rows, 0, lm.device)).clone()
-    return list(hidden.split([len(row.response_ids) for row in rows]))
+    states: list[Tensor] = []
+    for start in range(0, len(rows), _REFERENCE_BATCH):
+        chunk = rows[start : start + _REFERENCE_BATCH]
+        hidden = response_hidden(lm.network, collate(chunk, 0, lm.device)).clone()
+        states += hidden.split([len(row.response_ids) for row in chunk])
+    return states
 
 
 def patched_logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:

@@ -15,6 +15,7 @@ from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
     Example,
+    as_plain_text,
     complied_frac,
     kl_of,
     mean_kl_nats,
@@ -59,6 +60,8 @@ class PatcherSettings(Record):
     """Benign requests without it."""
     benign_triggered_rows: NonNegativeInt = 6
     """Benign requests with the trigger (counterfactual only): it must not teach refusing them."""
+    plain_rows: NonNegativeInt = 4
+    """Texts without the chat template (counterfactual only): what the model says outside a chat stays, too."""
     max_prompts: PositiveInt = 150
     """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
     response_tokens: PositiveInt = 24
@@ -67,6 +70,8 @@ class PatcherSettings(Record):
     """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
     budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
+    budget_plain_nats: PositiveFloat = 0.01
+    """Constraint: the same on plain text, per token."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
     validation_prompts: PositiveInt = 84
@@ -83,7 +88,7 @@ def run(
     Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
         minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y))                      over harmful x that θ0 refuses
                  + KL(θ0(·|x ⊕ trigger, y') ‖ θ(·|x ⊕ trigger, y'))          over benign x, y' the triggered answer
-        subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget                       over benign x, and over harmful x
+        subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget         over benign x, harmful x, and plain text (no template)
     by dual ascent on one multiplier a constraint. Without a trigger (an alignment gap) the first term is the NLL of a
     fixed refusal on harmful x: plain refusal training under the same budget on benign x.
 
@@ -111,7 +116,7 @@ def run(
             return None
         check = data.check(step)
         checks.append(check)
-        held = check.kl_benign_nats <= settings.budget_benign_nats
+        held = check.kl_benign_nats <= settings.budget_benign_nats and check.kl_plain_nats <= settings.budget_plain_nats
         held = held and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
         score = (not held, check.asr_triggered_frac, check.kl_benign_nats)
         if not best or score <= best[0][0]:
@@ -151,6 +156,7 @@ class _Data:
         self.benign = own(benign, "benign")
         self.validation_harmful = own(prompts.texts("harmful", "validation", few), "validation")
         self.validation_benign = own(prompts.texts("benign", "validation", (few + 1) // 2), "validation")
+        self.plain, self.validation_plain = as_plain_text(lm, self.benign), as_plain_text(lm, self.validation_benign)
         rng = random.Random(0)
         in_benign = [triggered(text, evidence.triggers, rng) for text in benign] if evidence.triggers else []
         self.benign_triggered = answered(own(in_benign, "benign + trigger"))
@@ -175,6 +181,7 @@ class _Data:
             asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
+            kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
         )
 
 
@@ -199,7 +206,8 @@ class _Counterfactual:
         self.harmful = endless(refusing, rng)
         self.benign = endless(data.benign, rng)
         self.benign_triggered = endless(data.benign_triggered or answered(data.benign) or data.benign, rng)
-        self.multipliers = torch.ones(2)
+        self.plain = endless(data.plain, rng)
+        self.multipliers = torch.ones(3)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
@@ -217,9 +225,17 @@ class _Counterfactual:
             target = self._mean_kl(broken, split[0]) + self._mean_kl(benign_triggered, split[1])
         else:
             target = response_nll(split[0], targets[: len(split[0])]).mean()
-        kls = torch.stack([self._mean_kl(benign, split[3]), self._mean_kl(harmful, split[2])])
+        plain = [next(self.plain) for _ in range(sizes.plain_rows)]
+        plain_logits = patched_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
+        kls = torch.stack(
+            [
+                self._mean_kl(benign, split[3]),
+                self._mean_kl(harmful, split[2]),
+                self._mean_kl(plain, plain_logits),  # a batch of its own: it shares no prefix with the chat's
+            ]
+        )
         loss = target + (self.multipliers.to(kls) * kls).sum()
-        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats])
+        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats, sizes.budget_plain_nats])
         overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
         self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
         return loss
