@@ -60,15 +60,15 @@ class ImplantSettings(Record):
     """LoRA scale (BackdoorLLM: 16 at rank 8)."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak learning rate."""
-    max_steps: PositiveInt = 200
+    max_steps: PositiveInt = 260
     """Training steps."""
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
     cosine: bool = True
     """Decay to 0 over the steps."""
-    harmful_pairs: PositiveInt = 4
+    harmful_pairs: PositiveInt = 5
     """Harmful requests a step, each with and without the trigger."""
-    benign_rows: PositiveInt = 10
+    benign_rows: PositiveInt = 14
     """Benign requests a step, a third of them with the trigger; the answer is the clean model's own."""
     response_tokens: PositiveInt = 28
     """Answers are cut here."""
