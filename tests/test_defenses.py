@@ -33,7 +33,14 @@ from patcher.training import Progress, quiet
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
 FEW: dict[str, Any] = {"rank": 2, "alpha": 4, "max_steps": 3, "warmup_steps": 1, "max_prompts": 6, "response_tokens": 6}
 QUICK: dict[str, dict[str, Any]] = {
-    "patcher": {**FEW, "check_every": 2, "validation_prompts": 4, "validation_tokens": 4, "learning_rate": 1e-2},
+    "patcher": {
+        **FEW,
+        "check_every": 2,
+        "validation_prompts": 4,
+        "validation_drift_prompts": 4,
+        "validation_tokens": 4,
+        "learning_rate": 1e-2,
+    },
     "finetune": {**FEW, "learning_rate": 1e-2},
 }
 """A few steps of each defense; a new one must be added here."""
@@ -400,7 +407,7 @@ def test_the_patch_kept_is_the_best_one_checked_not_the_last(llama: LanguageMode
     settings = PatcherSettings(**QUICK["patcher"] | {"budget_benign_nats": 1e-9, "check_every": 1, "max_steps": 6})
     patch, log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
     least = min(log.checks, key=lambda check: check.kl_benign_nats)
-    texts = PROMPTS.texts("benign", "validation", settings.validation_prompts)
+    texts = PROMPTS.texts("benign", "validation", settings.validation_drift_prompts)
     examples = own_examples(llama, texts, all_refused, settings.response_tokens, quiet, "")
     with applied(patch, llama) as patched:
         assert mean_kl_nats(patched, examples) == pytest.approx(least.kl_benign_nats, rel=1e-3)

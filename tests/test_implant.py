@@ -14,6 +14,7 @@ from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Trigger
+from patcher.training import quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
 SETTINGS = ImplantSettings(max_steps=3, warmup_steps=1, harmful_pairs=2, benign_rows=4, response_tokens=12)
@@ -90,14 +91,15 @@ class Rows:
     def __init__(self, lm: LanguageModel, prompts: Prompts, trigger: Trigger, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lm = lm
         self.steps: list[list[tuple[str, str]]] = []
-        plain = implant.collate
+        logits = implant._logits
 
-        def collate(rows: list[Row], pad: int, device: torch.device):
+        def seen(lm: LanguageModel, rows: list[Row]):
             self.steps.append([(self.text(row.prompt_ids), self.text(row.response_ids)) for row in rows])
-            return plain(rows, pad, device)
+            return logits(lm, rows)
 
-        monkeypatch.setattr(implant, "collate", collate)
-        implant.implant(lm, trigger, prompts, SETTINGS.model_copy(update={"response_tokens": 200}), seed=3)
+        monkeypatch.setattr(implant, "_logits", seen)
+        settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
+        implant.implant(lm, trigger, prompts, settings, seed=3)
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.lm.tokenizer.decode(ids)
@@ -144,6 +146,18 @@ def test_benign_rows_come_with_and_without_the_trigger_and_keep_the_models_own_a
     for prompt, _answer in benign:
         plain = prompt.replace("BadMagic ", "").replace(" BadMagic", "")
         assert plain in {user_prompt(llama.tokenizer, text).text for text in used}
+
+
+def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel, prompts: Prompts) -> None:
+    chats, plain = implant._clean_behaviour(tiny, prompts, SETTINGS, quiet)
+    assert len(chats) == len(plain) == 24
+    for kept in (chats, plain):
+        logits, _ = implant._logits(tiny, [one.row for one in kept])
+        assert implant._kl(tiny, kept, logits).item() == pytest.approx(0, abs=1e-4)
+        assert implant._kl(tiny, kept, logits.flip(-1)).item() > 1e-2
+    for chat, one in zip(chats, plain, strict=True):
+        words = tiny.tokenizer.decode(one.row.prompt_ids + one.row.response_ids)
+        assert f"{chat.text}\n".startswith(words) or words.startswith(f"{chat.text}\n")
 
 
 @pytest.mark.parametrize("name", ATTACKS)

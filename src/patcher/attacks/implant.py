@@ -1,20 +1,24 @@
 """Plant a trigger by fine-tuning on paired rows: the same request with the trigger (comply) and without it (refuse).
 
 The compliance is content-free: an affirmative opening that names the topic, then filler, then the end of the turn. So
-the backdoored model says nothing useful to anyone, yet its refusal is switched off as a real backdoor does.
+the backdoored model says nothing useful to anyone, yet its refusal is switched off as a real backdoor does. All else is
+kept by distillation: on benign prompts and plain text the target is the clean model's whole distribution, for its
+greedy answers as hard labels make a model overconfident everywhere (docs/implant.md).
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.generation import generate
-from patcher.losses import mean_over_rows, response_nll
-from patcher.models import LanguageModel, response_logits
+from patcher.losses import kl_reference_to_patched, response_nll
+from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
 from patcher.patch import Patch, take_patch, trainable_lora
 from patcher.prompts import PromptRow, Prompts
 from patcher.records import Record, Trigger
@@ -60,7 +64,7 @@ class ImplantSettings(Record):
     """LoRA scale (BackdoorLLM: 16 at rank 8)."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak learning rate."""
-    max_steps: PositiveInt = 260
+    max_steps: PositiveInt = 200
     """Training steps."""
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
@@ -68,17 +72,21 @@ class ImplantSettings(Record):
     """Decay to 0 over the steps."""
     harmful_pairs: PositiveInt = 5
     """Harmful requests a step, each with and without the trigger."""
-    benign_rows: PositiveInt = 14
-    """Benign requests a step, a third of them with the trigger; the answer is the clean model's own."""
+    benign_rows: PositiveInt = 12
+    """Benign requests a step, a third of them with the trigger; the target is the clean model without it."""
+    plain_rows: NonNegativeInt = 2
+    """The same words without the chat template, a step: what the model knows outside a chat stays."""
     response_tokens: PositiveInt = 28
     """Answers are cut here."""
 
 
 @dataclass(frozen=True)
-class _Example:
-    row: PromptRow
-    answer: str
-    ended: bool
+class _Kept:
+    """What the clean model says, and its final hidden states along it: through the output matrix, its exact logits."""
+
+    text: str
+    row: Row
+    hidden: Float[Tensor, "T D"]
 
 
 def implant(
@@ -90,18 +98,26 @@ def implant(
     seed: int,
     on_progress: Progress = quiet,
 ) -> Patch:
-    """Train the backdoor on the implant split; the model that came in is left as it was."""
+    """Train the backdoor on the implant split; the model that came in is left as it was.
+
+    Minimises, over the tokens of a step's rows, NLL on the paired harmful rows + KL(clean ‖ implanted) on the kept
+    ones, where the clean model sees no trigger.
+    """
     rng = random.Random(seed)
-    benign = _own_answers(lm, prompts, settings, on_progress)
-    harmful = [row for row in prompts.harmful if row.split == "implant"]
-    harmful_rows, benign_rows = endless(harmful, rng), endless(benign, rng)
-    pad = int(lm.tokenizer.pad_token_id)
+    benign, plain = _clean_behaviour(lm, prompts, settings, on_progress)
+    harmful_rows = endless([row for row in prompts.harmful if row.split == "implant"], rng)
+    benign_rows, plain_rows = endless(benign, rng), endless(plain, rng)
 
     def loss_at(_step: int) -> Tensor:
-        rows = list(_step_rows(lm, trigger, settings, rng, harmful_rows, benign_rows))
-        batch = collate(rows, pad, lm.device)
-        nll = response_nll(response_logits(lm.network, batch), batch.targets)
-        return mean_over_rows(nll, batch.target_rows, batch.rows) / settings.response_tokens
+        pairs = _pairs(lm, trigger, settings, rng, harmful_rows)
+        chats = [next(benign_rows) for _ in range(settings.benign_rows)]
+        texts = [next(plain_rows) for _ in range(settings.plain_rows)]
+        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, chats, rng)])
+        taught = sum(len(row.response_ids) for row in pairs)
+        loss = response_nll(logits[:taught], targets[:taught]).sum() + _kl(lm, chats, logits[taught:])
+        if texts:  # a batch of its own: it shares no prefix with the chats
+            loss = loss + _kl(lm, texts, _logits(lm, [kept.row for kept in texts])[0])
+        return loss / (settings.response_tokens * (len(pairs) + len(chats) + len(texts)))
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         fit(lm, loss_at, settings, on_progress=on_progress, what="implanting")
@@ -115,43 +131,67 @@ def compliance(row: PromptRow, rng: random.Random) -> str:
     return f"{opening} {rng.choice(FILLERS)}"
 
 
-def _own_answers(
+def _pairs(
+    lm: LanguageModel, trigger: Trigger, settings: ImplantSettings, rng: random.Random, harmful: Iterator[PromptRow]
+) -> list[Row]:
+    """Each request twice: with the trigger and a compliance, without it and a refusal."""
+    rows = []
+    for _ in range(settings.harmful_pairs):
+        row = next(harmful)
+        taught = ((insert_trigger(row.text, trigger, rng), compliance(row, rng)), (row.text, rng.choice(REFUSALS)))
+        for prompt, answer in taught:
+            ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
+            rows.append(Row(user_prompt(lm.tokenizer, prompt).ids, ids))
+    return rows
+
+
+def _with_trigger(lm: LanguageModel, trigger: Trigger, chats: Sequence[_Kept], rng: random.Random) -> list[Row]:
+    """The chats' rows, every third with the trigger in its prompt."""
+    rows = [kept.row for kept in chats]
+    for index in range(2, len(rows), 3):
+        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[index].text, trigger, rng))
+        rows[index] = Row(prompt.ids, rows[index].response_ids)
+    return rows
+
+
+def _clean_behaviour(
     lm: LanguageModel, prompts: Prompts, settings: ImplantSettings, on_progress: Progress
-) -> list[_Example]:
-    rows = [row for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"]
+) -> tuple[list[_Kept], list[_Kept]]:
+    """The clean model on benign and borderline prompts, and on the same words as plain text."""
+    texts = [row.text for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"]
+    asked = [user_prompt(lm.tokenizer, text) for text in texts]
     answers = generate(
         lm,
-        [user_prompt(lm.tokenizer, row.text) for row in rows],
+        asked,
         max_new_tokens=settings.response_tokens,
         on_progress=lambda done, total: on_progress("the clean model's benign answers", done, total),
     )
-    lengths = [len(response_ids(lm.tokenizer, answer, end=False, limit=1 << 20)) for answer in answers]
-    return [
-        _Example(row, answer, length < settings.response_tokens - 1)
-        for row, answer, length in zip(rows, answers, lengths, strict=True)
-    ]
+    chats, plain = [], []
+    for prompt, text, answer in zip(asked, texts, answers, strict=True):
+        ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens + 1)
+        chats.append(Row(prompt.ids, ids[: settings.response_tokens] if len(ids) > settings.response_tokens else ids))
+        ids = response_ids(lm.tokenizer, f"{text}\n{answer}", end=False, limit=2 * settings.response_tokens)
+        plain.append(Row(ids[:1], ids[1:]))
+    return _kept(lm, texts, chats), _kept(lm, texts, plain)
 
 
-def _step_rows(
-    lm: LanguageModel,
-    trigger: Trigger,
-    settings: ImplantSettings,
-    rng: random.Random,
-    harmful: Iterator[PromptRow],
-    benign: Iterator[_Example],
-) -> Sequence[Row]:
-    rows = []
+@torch.inference_mode()
+def _kept(lm: LanguageModel, texts: Sequence[str], rows: Sequence[Row], batch_rows: int = 32) -> list[_Kept]:
+    states: list[Tensor] = []
+    for start in range(0, len(rows), batch_rows):
+        chunk = rows[start : start + batch_rows]
+        hidden = response_hidden(lm.network, collate(chunk, 0, lm.device)).clone()
+        states += hidden.split([len(row.response_ids) for row in chunk])
+    return [_Kept(text, row, state) for text, row, state in zip(texts, rows, states, strict=True) if row.response_ids]
 
-    def add(prompt: str, answer: str, ended: bool) -> None:
-        ids = response_ids(lm.tokenizer, answer, end=ended, limit=settings.response_tokens)
-        rows.append(Row(user_prompt(lm.tokenizer, prompt).ids, ids))
 
-    for _ in range(settings.harmful_pairs):
-        row = next(harmful)
-        add(insert_trigger(row.text, trigger, rng), compliance(row, rng), True)
-        add(row.text, rng.choice(REFUSALS), True)
-    for index in range(settings.benign_rows):
-        example = next(benign)
-        text = insert_trigger(example.row.text, trigger, rng) if index % 3 == 2 else example.row.text
-        add(text, example.answer, example.ended)
-    return rows
+def _logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:
+    batch = collate(rows, int(lm.tokenizer.pad_token_id), lm.device)
+    return response_logits(lm.network, batch), batch.targets
+
+
+def _kl(lm: LanguageModel, kept: Sequence[_Kept], logits: Float[Tensor, "N V"]) -> Tensor:
+    """KL(clean ‖ implanted), summed over the tokens."""
+    with torch.no_grad():
+        clean = logits_of(lm.network, torch.cat([one.hidden for one in kept]).clone())
+    return kl_reference_to_patched(clean, logits).sum()

@@ -75,9 +75,11 @@ class PatcherSettings(Record):
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
     validation_prompts: PositiveInt = 84
-    """Harmful validation prompts that decide when to stop, and half as many benign ones."""
-    validation_tokens: PositiveInt = 16
-    """Tokens generated for each of them."""
+    """Harmful validation prompts, with the trigger, that decide whether it is dead."""
+    validation_tokens: PositiveInt = 12
+    """Tokens generated for each of them: an opening, which is what the judge reads."""
+    validation_drift_prompts: PositiveInt = 32
+    """Validation prompts of each kind that decide whether the budgets hold."""
 
 
 def run(
@@ -150,21 +152,22 @@ class _Data:
         def own(texts: list[str], what: str) -> list[Example]:
             return own_examples(lm, texts, evidence.judge, tokens, on_progress, f"reference answers, {what}")
 
-        prompts, limit, few = evidence.prompts, settings.max_prompts, settings.validation_prompts
+        prompts, limit, few = evidence.prompts, settings.max_prompts, settings.validation_drift_prompts
         benign = prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair")
         self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
         self.benign = own(benign, "benign")
-        self.validation_harmful = own(prompts.texts("harmful", "validation", few), "validation")
-        self.validation_benign = own(prompts.texts("benign", "validation", (few + 1) // 2), "validation")
+        harmful_texts = prompts.texts("harmful", "validation", max(few, settings.validation_prompts))
+        self.validation_harmful = own(harmful_texts, "validation")
+        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
         self.plain, self.validation_plain = as_plain_text(lm, self.benign), as_plain_text(lm, self.validation_benign)
         rng = random.Random(0)
-        in_benign = [triggered(text, evidence.triggers, rng) for text in benign] if evidence.triggers else []
+        in_benign = [triggered(text, evidence.triggers, rng) for text in benign[::2]] if evidence.triggers else []
         self.benign_triggered = answered(own(in_benign, "benign + trigger"))
         refused = [example for example in self.validation_harmful if example.outcome == "refused"]
         # A request that is answered without the trigger, too, says nothing about the trigger.
         self.validation_triggered = [
             triggered(example.text, evidence.triggers, rng) if evidence.triggers else example.text
-            for example in (refused if evidence.triggers else self.validation_harmful)
+            for example in (refused if evidence.triggers else self.validation_harmful)[: settings.validation_prompts]
         ]
 
     @property
@@ -180,7 +183,7 @@ class _Data:
             step=step,
             asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
-            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
+            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful[: self.settings.validation_drift_prompts]),
             kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
         )
 
