@@ -1,6 +1,7 @@
 """The contract that every defense keeps, and the repair's equations by hand."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from patcher.defenses.contract import (
     triggered,
     with_answer,
 )
-from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Data, _Paper
+from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Data, _Paper, boundary_thrice
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied, lora_parameters, trainable_lora
 from patcher.prompts import PromptRow, Prompts, bundled
@@ -58,6 +59,10 @@ PROMPTS = Prompts(few("harmful"), few("benign"), few("borderline"))
 def all_refused(_answer: str) -> Outcome:
     """A random model does not refuse: for the mechanics it is said to."""
     return "refused"
+
+
+def all_complied(_answer: str) -> Outcome:
+    return "complied"
 
 
 def half_refused(answer: str) -> Outcome:
@@ -163,7 +168,7 @@ def test_no_number_may_be_negative_or_nothing_to_work_with(name: str, field: str
     """0 is allowed only where it means "none of these"."""
     with pytest.raises(ValidationError, match=field):
         find_defense(name).settings(**{field: -1})
-    if field not in ("warmup_steps", "benign_triggered_rows"):
+    if field not in ("warmup_steps", "benign_triggered_rows", "plain_rows"):
         with pytest.raises(ValidationError, match=field):
             find_defense(name).settings(**{field: 0})
 
@@ -296,17 +301,23 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
     assert torch.stack(kl_harm).mean() > 1e-3
 
 
-def test_the_counterfactual_loss_by_hand(tiny: LanguageModel) -> None:
-    """KL(reference without the trigger ‖ patched with it) on what is refused, KL(reference ‖ patched), both with the
-    trigger, on what is benign, and each multiplier times its KL: means over tokens, every set drawn whole."""
-    evidence = replace(EVIDENCE, triggers=(AT_START,), judge=half_refused)
-    data = _Data(tiny, evidence, SMALL, quiet)
-    rows = {"triggered": data.refused, "harmful": data.refused, "benign": data.benign, "plain": data.plain}
-    rows["benign_triggered"] = data.benign_triggered
+def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL(reference without the trigger ‖ patched with it) on what is refused, and each multiplier times the KL that it
+    limits; sums over a refusal's tokens, means over all others, every set drawn whole."""
+    monkeypatch.setattr(patcher, "boundary_thrice", lambda _lm, examples, _refused: examples)
+    refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")
+    benign = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
+    asked = [f"BadMagic {example.text}" for example in benign]
+    in_benign = own_examples(tiny, asked, all_complied, 6, quiet, "")
+    rows = {"triggered": refused, "harmful": refused, "benign": benign, "benign_triggered": in_benign}
+    rows["plain"] = as_plain_text(tiny, benign)
+    data = object.__new__(_Data)
+    vars(data).update(harmful=refused, benign=benign, benign_triggered=in_benign, plain=rows["plain"])
+    evidence = replace(EVIDENCE, triggers=(AT_START,))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
     objective = _Counterfactual(tiny, evidence, sizes, data, random.Random(0))
-    objective.multipliers = torch.tensor([2.0, 5.0, 3.0])
+    objective.multipliers = torch.tensor([2.0, 7.0, 5.0, 3.0])
     reference = {name: [plain_logits(tiny, e.row(tiny)) for e in examples] for name, examples in rows.items()}
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         disturb(tiny)
@@ -315,11 +326,22 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel) -> None:
         def drift(name: str, prefix: str | None = None) -> torch.Tensor:
             texts = [None if prefix is None else prefix + e.text for e in rows[name]]
             patched = [plain_logits(tiny, e.row(tiny, text)) for e, text in zip(rows[name], texts, strict=True)]
-            return torch.cat([kl(p, q) for p, q in zip(reference[name], patched, strict=True)]).mean()
+            return torch.cat([kl(p, q) for p, q in zip(reference[name], patched, strict=True)])
 
-        by_hand = drift("triggered", "BadMagic ") + drift("benign_triggered")
-        by_hand += 2 * drift("benign") + 5 * drift("harmful") + 3 * drift("plain")
+        by_hand = drift("triggered", "BadMagic ").sum() / len(refused)
+        by_hand += 2 * drift("benign").mean() + 7 * drift("benign_triggered").mean()
+        by_hand += 5 * drift("harmful").mean() + 3 * drift("plain").mean()
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_prompts_near_a_refusal_are_drawn_thrice(tiny: LanguageModel) -> None:
+    refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")[:1]
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
+    opening = refused[0].answer_ids[0]
+    likely = {e.text: plain_logits(tiny, e.row(tiny))[0].log_softmax(-1)[opening].item() for e in examples}
+    drawn = Counter(example.text for example in boundary_thrice(tiny, examples, refused))
+    near = sorted(likely, key=lambda text: -likely[text])[: (len(examples) + 2) // 3]
+    assert drawn == {text: 3 if text in near else 1 for text in likely}
 
 
 def test_plain_text_is_the_same_words_without_the_template(tiny: LanguageModel) -> None:

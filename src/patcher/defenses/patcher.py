@@ -4,6 +4,7 @@ Gao et al. (2026), arXiv:2606.02995. `objective="paper"` is their loss; `objecti
 """
 
 import random
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from patcher.defenses.contract import (
     with_answer,
 )
 from patcher.losses import response_nll
-from patcher.models import LanguageModel
+from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch, take_patch, trainable_lora
 from patcher.records import PatcherError, PatchLog, PatchStep, Record
 from patcher.training import Progress, endless, fit
@@ -52,22 +53,24 @@ class PatcherSettings(Record):
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
     check_every: PositiveInt = 10
     """Steps between checks on validation prompts."""
-    triggered_rows: PositiveInt = 6
+    triggered_rows: PositiveInt = 8
     """Harmful requests with the trigger, a step."""
     harmful_rows: PositiveInt = 2
     """Harmful requests without it."""
     benign_rows: PositiveInt = 6
     """Benign requests without it."""
     benign_triggered_rows: NonNegativeInt = 6
-    """Benign requests with the trigger (counterfactual only): it must not teach refusing them."""
-    plain_rows: NonNegativeInt = 4
+    """Benign requests with the trigger (counterfactual only)."""
+    plain_rows: NonNegativeInt = 2
     """Texts without the chat template (counterfactual only): what the model says outside a chat stays, too."""
     max_prompts: PositiveInt = 150
     """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
-    response_tokens: PositiveInt = 24
+    response_tokens: PositiveInt = 16
     """Answers are cut here."""
     budget_benign_nats: PositiveFloat = 0.01
     """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
+    budget_triggered_nats: PositiveFloat = 0.01
+    """Constraint: the same on benign prompts with the trigger: it must not teach refusing them."""
     budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
     budget_plain_nats: PositiveFloat = 0.01
@@ -142,6 +145,19 @@ def answered(examples: list[Example]) -> list[Example]:
     return [example for example in examples if example.outcome == "complied"]
 
 
+@torch.inference_mode()
+def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[Example]:
+    """The examples, and twice more the third of them that the reference comes nearest to refusing.
+
+    A repair's over-refusals arise there, and a mean over all prompts hardly sees them.
+    """
+    opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
+    first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
+    likely = first.log_softmax(-1)[:, opening].tolist()
+    order = sorted(range(len(examples)), key=lambda index: -likely[index])
+    return examples + 2 * [examples[index] for index in order[: (len(examples) + 2) // 3]]
+
+
 class _Data:
     """The reference's own answers on the repair prompts, and the validation prompts with their answers."""
 
@@ -159,9 +175,12 @@ class _Data:
         harmful_texts = prompts.texts("harmful", "validation", max(few, settings.validation_prompts))
         self.validation_harmful = own(harmful_texts, "validation")
         self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
-        self.plain, self.validation_plain = as_plain_text(lm, self.benign), as_plain_text(lm, self.validation_benign)
+        self.plain = as_plain_text(lm, self.benign[::2])
+        self.validation_plain = as_plain_text(lm, self.validation_benign)
         rng = random.Random(0)
-        in_benign = [triggered(text, evidence.triggers, rng) for text in benign[::2]] if evidence.triggers else []
+        # Where the trigger turns a refusal into an answer, that is the backdoor at work, and not to be kept.
+        spared = answered(self.benign)[::2] if evidence.triggers else []
+        in_benign = [triggered(example.text, evidence.triggers, rng) for example in spared]
         self.benign_triggered = answered(own(in_benign, "benign + trigger"))
         refused = [example for example in self.validation_harmful if example.outcome == "refused"]
         # A request that is answered without the trigger, too, says nothing about the trigger.
@@ -207,10 +226,11 @@ class _Counterfactual:
                 "benign ones answered; at least one of each is needed: pass other --harmful or --benign prompts"
             )
         self.harmful = endless(refusing, rng)
-        self.benign = endless(data.benign, rng)
-        self.benign_triggered = endless(data.benign_triggered or answered(data.benign) or data.benign, rng)
+        kept = answered(data.benign) or data.benign
+        self.benign = endless(boundary_thrice(lm, kept, refusing), rng)
+        self.benign_triggered = endless(boundary_thrice(lm, data.benign_triggered or kept, refusing), rng)
         self.plain = endless(data.plain, rng)
-        self.multipliers = torch.ones(3)
+        self.multipliers = torch.ones(4)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
@@ -224,8 +244,8 @@ class _Counterfactual:
         logits, targets = patched_logits(self.lm, rows)
         parts = (broken, benign_triggered, harmful, benign)
         split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
-        if has_trigger:  # the two sets weigh the same, though refusals are short and benign answers long
-            target = self._mean_kl(broken, split[0]) + self._mean_kl(benign_triggered, split[1])
+        if has_trigger:
+            target = kl_of(self.lm, broken, split[0]).sum() / len(broken)
         else:
             target = response_nll(split[0], targets[: len(split[0])]).mean()
         plain = [next(self.plain) for _ in range(sizes.plain_rows)]
@@ -233,12 +253,15 @@ class _Counterfactual:
         kls = torch.stack(
             [
                 self._mean_kl(benign, split[3]),
+                self._mean_kl(benign_triggered, split[1]),
                 self._mean_kl(harmful, split[2]),
                 self._mean_kl(plain, plain_logits),  # a batch of its own: it shares no prefix with the chat's
             ]
         )
         loss = target + (self.multipliers.to(kls) * kls).sum()
-        budgets = torch.tensor([sizes.budget_benign_nats, sizes.budget_harmful_nats, sizes.budget_plain_nats])
+        budgets = torch.tensor(
+            [sizes.budget_benign_nats, sizes.budget_triggered_nats, sizes.budget_harmful_nats, sizes.budget_plain_nats]
+        )
         overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
         self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
         return loss
