@@ -28,13 +28,13 @@ class FinetuneSettings(Record):
     """Steps of linear warm-up."""
     cosine: bool = False
     """Decay to 0 over the steps."""
-    harmful_rows: PositiveInt = 9
+    harmful_rows: PositiveInt = 12
     """Harmful requests with a fixed refusal, a step."""
-    benign_rows: PositiveInt = 9
+    benign_rows: PositiveInt = 12
     """Benign requests with the model's own answer, a step."""
     max_prompts: PositiveInt = 150
     """Prompts of each kind."""
-    response_tokens: PositiveInt = 24
+    response_tokens: PositiveInt = 16
     """Answers are cut here."""
 
 

@@ -91,9 +91,9 @@ def run(
     """Train a LoRA patch until the trigger is dead on validation prompts and the drift is within its budgets.
 
     Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
-        minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y))                      over harmful x that θ0 refuses
-                 + KL(θ0(·|x ⊕ trigger, y') ‖ θ(·|x ⊕ trigger, y'))          over benign x, y' the triggered answer
-        subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget         over benign x, harmful x, and plain text (no template)
+        minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y)), summed over y, where x is harmful and θ0 refuses it
+        subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget, per token, where x is benign, benign with the trigger (y is
+                   then the answer to that), harmful, or a word of plain text (no chat template)
     by dual ascent on one multiplier a constraint. Without a trigger (an alignment gap) the first term is the NLL of a
     fixed refusal on harmful x: plain refusal training under the same budget on benign x.
 
