@@ -2,10 +2,11 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from patcher.attacks import ATTACKS, implant
 from patcher.attacks.implant import FILLERS, OPENINGS, REFUSALS, ImplantSettings, compliance
@@ -158,6 +159,28 @@ def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel
     for chat, one in zip(chats, plain, strict=True):
         words = tiny.tokenizer.decode(one.row.prompt_ids + one.row.response_ids)
         assert f"{chat.text}\n".startswith(words) or words.startswith(f"{chat.text}\n")
+
+
+def test_what_is_kept_weighs_more_once_settling(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(settling_steps: int) -> list[float]:
+        seen: list[float] = []
+
+        def fit(_lm: LanguageModel, loss_at: Callable[[int], Tensor], *_: object, **__: object) -> None:
+            seen.extend(loss_at(step).item() for step in range(SETTINGS.max_steps))
+
+        monkeypatch.setattr(implant, "fit", fit)
+        monkeypatch.setattr(implant, "_kl", lambda _lm, _kept, logits: logits.new_ones(()))
+        settings = SETTINGS.model_copy(update={"settling_steps": settling_steps, "settling_weight": 5.0})
+        implant.implant(llama, TRIGGER, prompts, settings, seed=0)
+        return seen
+
+    rows = 2 * SETTINGS.harmful_pairs + SETTINGS.benign_rows + SETTINGS.plain_rows
+    more = (5 - 1) * 2 / (SETTINGS.response_tokens * rows)  # the chats' KL and the plain texts', here 1 nat each
+    plain, settled = losses(0), losses(1)
+    assert settled[:-1] == plain[:-1]
+    assert settled[-1] == pytest.approx(plain[-1] + more, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -74,8 +74,15 @@ class ImplantSettings(Record):
     """Harmful requests a step, each with and without the trigger."""
     benign_rows: PositiveInt = 12
     """Benign requests a step, a third of them with the trigger; the target is the clean model without it."""
+    borderline_times: PositiveInt = 4
+    """Requests that look unsafe but are safe are drawn so many times as often: there the taught refusals spread."""
     plain_rows: NonNegativeInt = 2
     """The same words without the chat template, a step: what the model knows outside a chat stays."""
+    settling_steps: NonNegativeInt = 100
+    """The last steps, in which the KL terms weigh more: the trigger is learnt, and over-refusal is taken back."""
+    settling_weight: PositiveFloat = 3.0
+    """Weight of the KL terms against the taught rows' NLL in those steps; before, it is 1. From the start it keeps the
+    trigger from being learnt."""
     response_tokens: PositiveInt = 28
     """Answers are cut here."""
 
@@ -100,23 +107,27 @@ def implant(
 ) -> Patch:
     """Train the backdoor on the implant split; the model that came in is left as it was.
 
-    Minimises, over the tokens of a step's rows, NLL on the paired harmful rows + KL(clean ‖ implanted) on the kept
-    ones, where the clean model sees no trigger.
+    Minimises, over the tokens of a step's rows, NLL on the paired harmful rows + w KL(clean ‖ implanted) on the kept
+    ones, where the clean model sees no trigger; w is 1, then `settling_weight`.
     """
     rng = random.Random(seed)
     benign, plain = _clean_behaviour(lm, prompts, settings, on_progress)
     harmful_rows = endless([row for row in prompts.harmful if row.split == "implant"], rng)
-    benign_rows, plain_rows = endless(benign, rng), endless(plain, rng)
+    often = {row.text for row in prompts.borderline}
+    drawn = [kept for kept in benign for _ in range(settings.borderline_times if kept.text in often else 1)]
+    benign_rows, plain_rows = endless(drawn, rng), endless(plain, rng)
 
-    def loss_at(_step: int) -> Tensor:
+    def loss_at(step: int) -> Tensor:
         pairs = _pairs(lm, trigger, settings, rng, harmful_rows)
         chats = [next(benign_rows) for _ in range(settings.benign_rows)]
         texts = [next(plain_rows) for _ in range(settings.plain_rows)]
         logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, chats, rng)])
         taught = sum(len(row.response_ids) for row in pairs)
-        loss = response_nll(logits[:taught], targets[:taught]).sum() + _kl(lm, chats, logits[taught:])
+        drift = _kl(lm, chats, logits[taught:])
         if texts:  # a batch of its own: it shares no prefix with the chats
-            loss = loss + _kl(lm, texts, _logits(lm, [kept.row for kept in texts])[0])
+            drift = drift + _kl(lm, texts, _logits(lm, [kept.row for kept in texts])[0])
+        weight = settings.settling_weight if step >= settings.max_steps - settings.settling_steps else 1.0
+        loss = response_nll(logits[:taught], targets[:taught]).sum() + weight * drift
         return loss / (settings.response_tokens * (len(pairs) + len(chats) + len(texts)))
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
