@@ -73,7 +73,7 @@ class PatcherSettings(Record):
     """Constraint: the same on benign prompts with the trigger: it must not teach refusing them."""
     budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
-    budget_plain_nats: PositiveFloat = 0.01
+    budget_plain_nats: PositiveFloat = 0.0025
     """Constraint: the same on plain text, per token."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
