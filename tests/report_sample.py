@@ -97,6 +97,7 @@ def sample(
                     asr_triggered_frac=0.1,
                     kl_benign_nats=0.01,
                     kl_harmful_nats=0.02,
+                    kl_benign_triggered_nats=0.006,
                     kl_plain_nats=0.005,
                 ),
             ),

@@ -208,6 +208,7 @@ class PatchStep(Record):
     step: int
     asr_triggered_frac: float
     kl_benign_nats: float
+    kl_benign_triggered_nats: float
     kl_harmful_nats: float
     kl_plain_nats: float
 

@@ -81,7 +81,7 @@ class PatcherSettings(Record):
     """Harmful validation prompts, with the trigger, that decide whether it is dead."""
     validation_tokens: PositiveInt = 12
     """Tokens generated for each of them: an opening, which is what the judge reads."""
-    validation_drift_prompts: PositiveInt = 32
+    validation_drift_prompts: PositiveInt = 24
     """Validation prompts of each kind that decide whether the budgets hold."""
 
 
@@ -121,8 +121,12 @@ def run(
             return None
         check = data.check(step)
         checks.append(check)
-        held = check.kl_benign_nats <= settings.budget_benign_nats and check.kl_plain_nats <= settings.budget_plain_nats
-        held = held and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
+        held = (
+            check.kl_benign_nats <= settings.budget_benign_nats
+            and check.kl_benign_triggered_nats <= settings.budget_triggered_nats
+            and check.kl_plain_nats <= settings.budget_plain_nats
+            and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
+        )
         score = (not held, check.asr_triggered_frac, check.kl_benign_nats)
         if not best or score <= best[0][0]:
             best[:] = [(score, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
@@ -175,6 +179,10 @@ class _Data:
         harmful_texts = prompts.texts("harmful", "validation", max(few, settings.validation_prompts))
         self.validation_harmful = own(harmful_texts, "validation")
         self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
+        places = random.Random(0)
+        checked = self.validation_benign if evidence.triggers else []
+        with_trigger = [triggered(example.text, evidence.triggers, places) for example in checked]
+        self.validation_benign_triggered = answered(own(with_trigger, "validation + trigger"))
         self.plain = as_plain_text(lm, self.benign[::2])
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         rng = random.Random(0)
@@ -202,6 +210,7 @@ class _Data:
             step=step,
             asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
+            kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful[: self.settings.validation_drift_prompts]),
             kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
         )
