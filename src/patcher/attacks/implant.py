@@ -64,7 +64,7 @@ class ImplantSettings(Record):
     """LoRA scale (BackdoorLLM: 16 at rank 8)."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak learning rate."""
-    max_steps: PositiveInt = 200
+    max_steps: PositiveInt = 260
     """Training steps."""
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
@@ -78,7 +78,7 @@ class ImplantSettings(Record):
     """Requests that look unsafe but are safe are drawn so many times as often: there the taught refusals spread."""
     plain_rows: NonNegativeInt = 2
     """The same words without the chat template, a step: what the model knows outside a chat stays."""
-    settling_steps: NonNegativeInt = 100
+    settling_steps: NonNegativeInt = 150
     """The last steps, in which the KL terms weigh more: the trigger is learnt, and over-refusal is taken back."""
     settling_weight: PositiveFloat = 3.0
     """Weight of the KL terms against the taught rows' NLL in those steps; before, it is 1. From the start it keeps the
