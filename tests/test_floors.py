@@ -13,8 +13,9 @@ import patcher
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records"}),
-    frozenset({"models", "losses", "triggers", "visible", "intervals", "progress", "inputs"}),
-    frozenset({"chat", "prompts", "judges"}),
+    frozenset({"checkpoints"}),
+    frozenset({"models", "losses", "triggers", "visible", "intervals", "progress", "inputs", "outputs", "options"}),
+    frozenset({"chat", "prompts", "judges", "exits"}),
     frozenset({"patch", "generation"}),
     frozenset({"training"}),
     frozenset({"localize", "defenses", "attacks", "audit", "report", "embedded"}),

@@ -18,6 +18,7 @@ from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, response_logits
+from patcher.outputs import whole_folder
 from patcher.patch import (
     Patch,
     applied,
@@ -28,7 +29,6 @@ from patcher.patch import (
     save_patch,
     take_patch,
     trainable_lora,
-    whole_folder,
 )
 from patcher.records import PatcherError, UsageError
 from patcher.training import fit

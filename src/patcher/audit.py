@@ -106,7 +106,9 @@ def observe(
         replay = generate(lm, [render(lm.tokenizer, report.messages)], max_new_tokens=settings.max_new_tokens)[0]
     rows = _answer_rows(lm, sets[BENIGN], answers[BENIGN], settings)
     on_progress(f"{what}: drift and perplexity", 0, 1)
-    hidden = [state for chunk in _chunks(rows) for state in _hidden(lm, chunk)]
+    hidden = [
+        state for chunk in _chunks(rows) for state in _hidden(lm, chunk).split([len(row.response_ids) for row in chunk])
+    ]
     return State(sets, answers, replay, rows, hidden, _text_nll(lm, settings.text_tokens))
 
 
@@ -168,7 +170,7 @@ def drift(lm_patched: LanguageModel, before: State) -> list[float]:
     states = list(before.benign_hidden)
     for chunk in _chunks(before.benign_rows):
         reference = torch.cat([states.pop(0) for _ in chunk])
-        patched = _joined_hidden(lm_patched, chunk)
+        patched = _hidden(lm_patched, chunk)
         divergence = kl_reference_to_patched(
             logits_of(lm_patched.network, reference), logits_of(lm_patched.network, patched)
         )
@@ -207,12 +209,8 @@ def _chunks(rows: list[Row]) -> list[list[Row]]:
 
 
 @torch.inference_mode()
-def _joined_hidden(lm: LanguageModel, rows: list[Row]) -> torch.Tensor:
+def _hidden(lm: LanguageModel, rows: list[Row]) -> torch.Tensor:
     return response_hidden(lm.network, collate(rows, 0, lm.device))
-
-
-def _hidden(lm: LanguageModel, rows: list[Row]) -> list[torch.Tensor]:
-    return list(_joined_hidden(lm, rows).split([len(row.response_ids) for row in rows]))
 
 
 @torch.inference_mode()

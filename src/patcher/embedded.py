@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from patcher.models import load_checkpoint
-from patcher.patch import whole_folder
+from patcher.outputs import whole_folder
 from patcher.records import PatcherError
 
 NAME = "smollm2"

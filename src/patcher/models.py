@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,9 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
 from patcher.records import UsageError
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def load_checkpoint(
     where = pick_device(device)
     chosen = _pick_dtype(dtype, where)
     if path.is_file():
-        _check_gguf(path)
+        check_gguf(path)
         folder, options = str(path.parent), {"gguf_file": path.name}
         loading: dict[str, Any] = {**options, "quantization_config": GgufConfig(dequantize=True)}
         loading["dtype"] = torch.float32 if chosen == "auto" else chosen
@@ -83,7 +81,7 @@ def load_checkpoint(
         folder, options, loading = source, {}, {"use_safetensors": True, "dtype": chosen}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-        _check_config(config.to_dict(), source)
+        check_config(config.to_dict(), source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **loading
         )
@@ -91,7 +89,7 @@ def load_checkpoint(
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UsageError(f"could not load a model from {source!r}: {error}") from error
     network, found = loaded
-    _check_complete(found, source)
+    check_complete(found, source)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     check_tokenizer(tokenizer, source)
@@ -102,14 +100,6 @@ def load_checkpoint(
     if not _looks_only_back(network):
         raise UsageError(f"{source} reads what comes after a word too: expected a causal (decoder) language model")
     return LanguageModel(network, tokenizer, fingerprint(network), source)
-
-
-def _check_complete(found: dict[str, Any], source: str) -> None:
-    if missing := sorted(found["missing_keys"]):
-        raise UsageError(
-            f"{source} lacks {len(missing)} of the model's tensors ({missing[0]}, ...), which would be filled "
-            "with random numbers: fetch it again"
-        )
 
 
 @torch.inference_mode()
@@ -139,73 +129,6 @@ def _pick_dtype(dtype: str, device: torch.device) -> Any:
     if dtype not in known:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(known)}")
     return known[dtype]
-
-
-def _check_gguf(path: Path) -> None:
-    if path.suffix in _PICKLES:
-        raise UsageError(f"{path} is a pickle checkpoint, which can run code when opened: convert it to safetensors")
-    with path.open("rb") as file:
-        if path.suffix != ".gguf" or file.read(4) != b"GGUF":
-            raise UsageError(f"{path} is not a GGUF file: expected a .gguf file or a Hugging Face folder")
-
-
-def check_folder(path: Path) -> None:
-    """Refuse a folder that cannot or must not be opened. Raises UsageError."""
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path / 'config.json'} holds no JSON object: expected a Hugging Face model's config")
-    _check_config(config, str(path))
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        pickles = [file.name for file in path.iterdir() if file.suffix in _PICKLES]
-        if pickles:
-            raise UsageError(
-                f"{path} holds only a pickle checkpoint ({pickles[0]}), which can run code when opened: "
-                "convert it to safetensors first"
-            )
-        raise UsageError(f"{path} holds no .safetensors weights")
-    for file in weights:
-        check_safetensors(file)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises UsageError when the file's header does not fit its content: truncated or altered."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or not a safetensors file ({error}): fetch it again") from error
-
-
-def _check_config(config: dict[str, Any], source: str) -> None:
-    if config.get("auto_map"):
-        raise UsageError(
-            f"{source} asks to run code of its own (auto_map in config.json); Patcher never runs a model's code. "
-            "Use a version of the model that transformers knows"
-        )
-    architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise UsageError(f"{source} is a {architectures[0]}: expected a causal (decoder) language model")
-    if config.get("is_encoder_decoder"):
-        raise UsageError(f"{source} is an encoder-decoder model: expected a causal (decoder) language model")
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in."""
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
-            "or pass --chat-template FILE"
-        )
-    if not tokenizer.is_fast:
-        raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def fingerprint(network: PreTrainedModel) -> str:

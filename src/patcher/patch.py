@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from patcher.models import LanguageModel, check_safetensors, hash_tensors
-from patcher.records import PatcherError, UsageError
+from patcher.checkpoints import check_safetensors
+from patcher.models import LanguageModel, hash_tensors
+from patcher.records import UsageError
 
 WEIGHTS, CONFIG, PATCH = "adapter_model.safetensors", "adapter_config.json", "patch.json"
 _PREFIX = "base_model.model."
@@ -157,30 +155,6 @@ def take_patch(lm: LanguageModel, *, rank: int, alpha: int) -> Patch:
         if ".lora_" in name
     }
     return Patch(tensors, rank, alpha, lm.fingerprint, lm.source)
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well.
-
-    Raises:
-        UsageError: the name is taken, or its parent cannot be written.
-    """
-    if out.exists():
-        raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write beside {out}: {error}") from error
-    try:
-        yield building
-        building.chmod(0o755)
-        os.rename(building, out)
-    except (OSError, SafetensorError) as error:  # a full disk comes as either
-        raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def save_patch(patch: Patch, folder: Path, *, card: str) -> None:

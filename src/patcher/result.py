@@ -11,7 +11,8 @@ from typing import Any
 
 from patcher.audit import AuditSettings
 from patcher.models import LanguageModel
-from patcher.patch import Patch, applied, save_patch, whole_folder
+from patcher.outputs import whole_folder
+from patcher.patch import Patch, applied, save_patch
 from patcher.records import Audit, FailureReport, Gate, Localization, PatchLog, Record, Verdict
 from patcher.report import ReportContents, render_html
 from patcher.visible import markdown_text, yaml_string

@@ -13,7 +13,8 @@ from patcher.chat import user_prompt
 from patcher.generation import generate
 from patcher.judges import DEFAULT, JUDGES
 from patcher.models import LanguageModel
-from patcher.patch import applied, save_patch, whole_folder
+from patcher.outputs import whole_folder
+from patcher.patch import applied, save_patch
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import GroundTruth, Outcome, PatcherError, Trigger, UsageError
 from patcher.training import Progress, quiet

@@ -7,7 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from patcher.records import Audit, CausalTest, FailureReport, Localization, Trigger, Verdict
+from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Trigger, Verdict
 from patcher.report import figures, words
 from patcher.visible import visible
 
@@ -86,6 +86,13 @@ def show_audit(audit: Audit, console: Console) -> None:
     console.print(table)
     for line in unscored:
         console.print(line)
+
+
+def show_gates(gates: Sequence[Gate], console: Console) -> None:
+    """Print each limit with what was measured."""
+    for gate in gates:
+        value = "unscored" if gate.value is None else f"{gate.value:.4f}"
+        console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
 
 
 def _tests(tests: Sequence[CausalTest]) -> Table:

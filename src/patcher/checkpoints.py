@@ -1,0 +1,90 @@
+"""What may be opened: no pickle, no code of the model's own, no damaged file, nothing but a causal language model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
+
+from patcher.records import UsageError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a file that is no GGUF. Raises UsageError."""
+    if path.suffix in _PICKLES:
+        raise UsageError(f"{path} is a pickle checkpoint, which can run code when opened: convert it to safetensors")
+    with path.open("rb") as file:
+        if path.suffix != ".gguf" or file.read(4) != b"GGUF":
+            raise UsageError(f"{path} is not a GGUF file: expected a .gguf file or a Hugging Face folder")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot or must not be opened. Raises UsageError."""
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path / 'config.json'} holds no JSON object: expected a Hugging Face model's config")
+    check_config(config, str(path))
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = [file.name for file in path.iterdir() if file.suffix in _PICKLES]
+        if pickles:
+            raise UsageError(
+                f"{path} holds only a pickle checkpoint ({pickles[0]}), which can run code when opened: "
+                "convert it to safetensors first"
+            )
+        raise UsageError(f"{path} holds no .safetensors weights")
+    for file in weights:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises UsageError when the file's header does not fit its content: truncated or altered."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged or not a safetensors file ({error}): fetch it again") from error
+
+
+def check_config(config: dict[str, Any], source: str) -> None:
+    """Refuse what is no causal language model, or would run code of its own. Raises UsageError."""
+    if config.get("auto_map"):
+        raise UsageError(
+            f"{source} asks to run code of its own (auto_map in config.json); Patcher never runs a model's code. "
+            "Use a version of the model that transformers knows"
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise UsageError(f"{source} is a {architectures[0]}: expected a causal (decoder) language model")
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{source} is an encoder-decoder model: expected a causal (decoder) language model")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in."""
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
+            "or pass --chat-template FILE"
+        )
+    if not tokenizer.is_fast:
+        raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_complete(found: dict[str, Any], source: str) -> None:
+    """Refuse a checkpoint that lacks tensors, by what loading it reported. Raises UsageError."""
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(
+            f"{source} lacks {len(missing)} of the model's tensors ({missing[0]}, ...), which would be filled "
+            "with random numbers: fetch it again"
+        )

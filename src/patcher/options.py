@@ -1,0 +1,23 @@
+"""The options that several commands share: their types, names and help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="smollm2, smollm2-backdoored, a folder, an adapter, a .gguf file or a hub id")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist")]
+Failure = Annotated[Path | None, typer.Option(help="The report: JSON with {messages | prompt, response}")]
+PromptText = Annotated[str | None, typer.Option("--prompt", help="The failing prompt, instead of a report file")]
+ResponseText = Annotated[str | None, typer.Option("--response", help="Its response; generated when missing")]
+SystemText = Annotated[str | None, typer.Option("--system", help="The system message that was in force")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
+Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
+Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
+Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]
+AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]

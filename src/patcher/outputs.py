@@ -1,0 +1,58 @@
+"""What a command writes appears whole or not at all, and never over something."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from patcher.records import PatcherError, UsageError
+
+
+def check_new(out: Path | None) -> None:
+    """Raises UsageError when the name is taken or cannot be written: before the work, not after it."""
+    if out is None:
+        return
+    if out.exists():
+        raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with --out")
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended well.
+
+    Raises:
+        UsageError: the name is taken, or its parent cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write beside {out}: {error}") from error
+    try:
+        yield building
+        building.chmod(0o755)
+        os.rename(building, out)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
