@@ -1,12 +1,12 @@
 """Before and after: what is counted, what is unscored, and that no change is no drift."""
 
 import math
+from importlib import resources
 from typing import Any
 
 import pytest
 import torch
 
-from patcher import audit as audit_module
 from patcher.audit import (
     BENIGN,
     BENIGN_TRIGGERED,
@@ -20,6 +20,7 @@ from patcher.audit import (
     drift,
     observe,
 )
+from patcher.audit.observe import _text_nll
 from patcher.intervals import mcnemar, paired_interval, wilson
 from patcher.judges.keyword import judge
 from patcher.models import LanguageModel, fingerprint
@@ -50,6 +51,17 @@ def test_shares_before_and_after_with_paired_intervals() -> None:
     assert (row.low, row.high) == wilson(2, 10)
     assert (row.change_low, row.change_high) == paired_interval(was, now)
     assert row.p_value == mcnemar(was, now)
+
+
+def test_prompts_of_one_act_are_worth_less_than_as_many_acts() -> None:
+    """Ten prompts on two acts, of which one is lost whole: one thing happened, not five."""
+    was, now = [YES] * 10, [YES] * 5 + [NO] * 5
+    acts = {HARMFUL: [*"abcd"], BENIGN: [*"efgh"], HARMFUL_TRIGGERED: ["one"] * 5 + ["two"] * 5}
+    alone, together = (compared(state(was, acts=known), state(now)).row("asr_triggered_frac") for known in ({}, acts))
+    assert (alone.n, alone.n_clusters, together.n, together.n_clusters) == (10, 10, 10, 2)
+    assert None not in (alone.low, alone.change_low, together.low, together.change_low, together.change_high)
+    assert together.low < alone.low < alone.high < together.high  # type: ignore[operator]
+    assert together.change_low < alone.change_low < alone.change_high < together.change_high  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("works", "is_scored"), [(0, False), (4, False), (5, True), (10, True)])
@@ -127,6 +139,17 @@ def observed(tiny: LanguageModel, prompts: Prompts) -> State:
     return observe(tiny, TRIGGER, prompts, SETTINGS, report=FailureReport.from_prompt("hi cf"))
 
 
+def test_every_prompt_knows_its_act(observed: State, prompts: Prompts) -> None:
+    acts = {row.text: row.act for rows in (prompts.harmful, prompts.benign, prompts.borderline) for row in rows}
+    for name in (HARMFUL, BENIGN, BORDERLINE):
+        assert observed.acts[name] == [acts[text] for text in observed.prompts[name]]
+    assert observed.acts[HARMFUL_TRIGGERED] == observed.acts[HARMFUL]
+    assert observed.acts[BENIGN_TRIGGERED] == observed.acts[BENIGN]
+    assert len(observed.acts[LATE]) == 2
+    assert len(observed.benign_acts) == len(observed.benign_rows)
+    assert len(observed.text_paragraphs) == len(observed.text_nll)
+
+
 def test_every_triggered_prompt_holds_the_trigger_and_is_its_twin_otherwise(observed: State) -> None:
     sizes = {name: len(texts) for name, texts in observed.prompts.items()}
     assert sizes == {HARMFUL: 4, BENIGN: 4, BORDERLINE: 4, HARMFUL_TRIGGERED: 4, BENIGN_TRIGGERED: 4, LATE: 2}
@@ -201,10 +224,11 @@ def test_a_patched_model_drifts_and_the_model_is_left_as_it_was(tiny: LanguageMo
 
 
 def test_perplexity_is_over_the_asked_number_of_tokens(llama: LanguageModel) -> None:
-    losses = audit_module._text_nll(llama, 300)
+    losses, paragraphs = _text_nll(llama, 300)
     assert 280 <= len(losses) <= 300
+    assert paragraphs == [0] * len(losses)
     assert all(loss > 0 for loss in losses)
-    text = audit_module.resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")
+    text = resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")
     ids = llama.tokenizer(text.splitlines()[0], add_special_tokens=False)["input_ids"][:300]
     with torch.no_grad():
         logits = llama.network(torch.tensor([ids])).logits[0, :-1]

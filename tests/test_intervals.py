@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from scipy.stats import binomtest
 
-from patcher.intervals import mcnemar, mean_interval, paired_interval, wilson
+from patcher.intervals import design_effect, mcnemar, mean_interval, paired_interval, wilson
 
 
 def test_nothing_in_99_still_allows_nearly_four_per_cent() -> None:
@@ -74,3 +75,31 @@ def test_mean_interval_worked_by_hand() -> None:
 def test_one_value_has_no_interval(values: list[float]) -> None:
     with pytest.raises(ValueError, match="at least two"):
         mean_interval(values)
+
+
+def test_design_effect_worked_by_hand() -> None:
+    # Two acts of three prompts, all alike within each: deviations ±1/2, sums ±3/2.
+    # Clustered: 2/1 · (9/4 + 9/4) / 6 = 3/2; as if independent: 6 · 1/4 / 5 = 3/10.
+    assert design_effect([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], ["a", "a", "a", "b", "b", "b"]) == pytest.approx(5)
+
+
+def test_values_on_their_own_have_no_design_effect() -> None:
+    values = [0.3, 1.0, 0.0, 0.7, 0.1]
+    assert design_effect(values, range(5)) == pytest.approx(1)
+    assert design_effect(values, ["one"] * 5) == 1.0  # a single cluster tells nothing
+    assert design_effect([1.0] * 4, ["a", "a", "b", "b"]) == 1.0
+    assert design_effect([1.0, 0.0] * 2, ["a", "a", "b", "b"]) == 1.0  # never narrower than without clusters
+
+
+def test_a_design_effect_of_four_is_a_quarter_of_the_prompts() -> None:
+    assert wilson(20, 80, 4.0) == pytest.approx(wilson(5, 20))
+    low, high = paired_interval([True] * 30 + [False] * 10, [True] * 40)
+    wide_low, wide_high = paired_interval([True] * 30 + [False] * 10, [True] * 40, 4.0)
+    assert wide_high - wide_low == pytest.approx(2 * (high - low))
+    assert mean_interval([1.0, 2.0, 3.0], 4.0)[1] == pytest.approx(2 - 2 * (2 - mean_interval([1.0, 2.0, 3.0])[1]))
+
+
+def test_wilson_is_what_scipy_says() -> None:
+    for hits, n in ((0, 7), (3, 10), (249, 252)):
+        interval = binomtest(hits, n).proportion_ci(method="wilson")
+        assert wilson(hits, n) == pytest.approx((interval.low, interval.high))

@@ -1,41 +1,63 @@
 """Intervals and tests for shares measured on the same prompts before and after."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 from scipy.stats import binomtest
 
 Z95 = 1.959964
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): 0 of 99 still allows 3.7%."""
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+def design_effect(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """How many times the variance of a mean grows because the values of a cluster go together; at least 1 (Kish 1965).
+
+    Phrasings of one act are answered alike, so that six of them say less than six acts would: clustered standard
+    errors (Miller 2024, arXiv:2411.00640). Values that are all the same tell nothing of it: 1.
+    """
+    n, mean = len(values), sum(values) / max(1, len(values))
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    spread = sum((value - mean) ** 2 for value in values)
+    count = len(sums)
+    if count < 2 or spread == 0:
+        return 1.0
+    clustered = count / (count - 1) * sum(total**2 for total in sums.values()) / n
+    return max(1.0, clustered / (spread / (n - 1)))
 
 
-def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
+def wilson(hits: int, n: int, effect: float = 1.0) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927): 0 of 99 still allows 3.7%. `effect`: the design effect."""
+    share, worth = hits / n, n / effect
+    square = Z95**2 / worth
+    centre = (share + square / 2) / (1 + square)
+    half = Z95 * math.sqrt(share * (1 - share) / worth + square / (4 * worth)) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_interval(before: Sequence[bool], after: Sequence[bool], effect: float = 1.0) -> tuple[float, float]:
     """95% interval of the change of a share on the same prompts (Agresti & Min 2005: half a count in each cell)."""
     n = len(before) + 2
     gained = sum(b < a for b, a in zip(before, after, strict=True)) + 0.5
     lost = sum(b > a for b, a in zip(before, after, strict=True)) + 0.5
     change = (gained - lost) / n
-    half = Z95 * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
+    half = Z95 * math.sqrt(effect * max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
     return max(-1.0, change - half), min(1.0, change + half)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Two-sided exact McNemar p-value of a change on the same prompts."""
+    """Two-sided exact McNemar p-value of a change on the same prompts, as if no two were alike."""
     gained = sum(b < a for b, a in zip(before, after, strict=True))
     lost = sum(b > a for b, a in zip(before, after, strict=True))
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], effect: float = 1.0) -> tuple[float, float, float]:
     """Mean and its 95% normal interval. Raises ValueError for fewer than two values."""
     n = len(values)
     if n < 2:
         raise ValueError(f"an interval needs at least two values, got {n}")
     mean = sum(values) / n
-    half = Z95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    half = Z95 * math.sqrt(effect * sum((value - mean) ** 2 for value in values) / (n - 1) / n)
     return mean, mean - half, mean + half

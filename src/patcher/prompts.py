@@ -13,6 +13,7 @@ from typing import Literal
 from patcher.records import UsageError
 
 Kind = Literal["harmful", "benign", "borderline"]
+KINDS: tuple[Kind, ...] = ("harmful", "benign", "borderline")
 Split = Literal["implant", "repair", "validation", "held-out"]
 SPLITS: tuple[Split, ...] = ("implant", "repair", "validation", "held-out")
 _SHARE: tuple[tuple[Split, float], ...] = (("repair", 0.35), ("validation", 0.5), ("held-out", 1.0))
@@ -37,12 +38,16 @@ class Prompts:
     benign: tuple[PromptRow, ...]
     borderline: tuple[PromptRow, ...]
 
-    def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
+    def rows(self, kind: Kind, split: Split, limit: int | None = None) -> list[PromptRow]:
         """Prompts of one kind and split, spread evenly over it when limited."""
-        rows = [row.text for row in getattr(self, kind) if row.split == split]
+        rows = [row for row in getattr(self, kind) if row.split == split]
         if limit is None or limit >= len(rows):
             return rows
         return [rows[index * len(rows) // limit] for index in range(limit)]
+
+    def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
+        """The words of those prompts."""
+        return [row.text for row in self.rows(kind, split, limit)]
 
     def hidden_from_repair(self) -> Prompts:
         """What a defense may see: the repair and validation splits, nothing else."""

@@ -249,6 +249,7 @@ class Quadrant(Record):
 class SummaryRow(Record):
     """One figure before and after. `low` and `high`: 95% interval of `after`; `change_*`: of the paired change.
 
+    The `n` prompts (tokens) are about `n_clusters` acts (paragraphs), and the intervals allow for those going together.
     Where there is no "after" (an audit of one model alone) they are the interval of `before`.
 
     `unscored` says why a figure could not be measured; its numbers are then None, never 0.
@@ -263,6 +264,7 @@ class SummaryRow(Record):
     change_low: float | None = None
     change_high: float | None = None
     p_value: float | None = None
+    n_clusters: int | None = None
     unscored: str | None = None
 
 

@@ -1,0 +1,32 @@
+"""Stage 4: before and after, on prompts the repair never saw.
+
+Answers are gathered for one state of the model at a time, so that one "before" serves any number of repairs.
+"""
+
+from patcher.audit.compare import compare
+from patcher.audit.observe import (
+    BENIGN,
+    BENIGN_TRIGGERED,
+    BORDERLINE,
+    HARMFUL,
+    HARMFUL_TRIGGERED,
+    LATE,
+    AuditSettings,
+    State,
+    drift,
+    observe,
+)
+
+__all__ = [
+    "BENIGN",
+    "BENIGN_TRIGGERED",
+    "BORDERLINE",
+    "HARMFUL",
+    "HARMFUL_TRIGGERED",
+    "LATE",
+    "AuditSettings",
+    "State",
+    "compare",
+    "drift",
+    "observe",
+]

@@ -1,0 +1,168 @@
+"""One state of the model: its answers to the held-out prompts, and what its drift is measured from."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+
+import torch
+
+from patcher.chat import Row, collate, render, response_ids, user_prompt
+from patcher.generation import generate
+from patcher.losses import kl_reference_to_patched, response_nll
+from patcher.models import LanguageModel, logits_of, response_hidden
+from patcher.prompts import KINDS, PromptRow, Prompts
+from patcher.records import FailureReport, Record, Trigger
+from patcher.training import Progress, quiet
+from patcher.triggers import insert_trigger
+
+HARMFUL, HARMFUL_TRIGGERED = "harmful", "harmful + trigger"
+BENIGN, BENIGN_TRIGGERED, BORDERLINE = "benign", "benign + trigger", "borderline"
+LATE = "harmful + trigger, long answers"
+_BATCH_ROWS = 16
+
+
+class AuditSettings(Record):
+    """How much is measured."""
+
+    max_prompts: int | None = None
+    """Held-out prompts of each kind; None takes all (252 harmful, 252 benign, 130 borderline when bundled)."""
+    max_new_tokens: int = 32
+    """Tokens of each answer."""
+    late_prompts: int = 20
+    """Triggered requests answered at length, to catch compliance that comes late."""
+    late_tokens: int = 128
+    """Their length."""
+    drift_prompts: int = 128
+    """Benign prompts whose answers give the drift."""
+    text_tokens: int = 10_000
+    """Tokens of held-out text that give the perplexity."""
+    seed: int = 0
+    """Where random placements put the trigger."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One model's answers, and (of the reference) the hidden states that its drift is measured from.
+
+    `acts`, `benign_acts` and `text_paragraphs` say what goes together; where they are empty, every value is on its own.
+    """
+
+    prompts: dict[str, list[str]]
+    answers: dict[str, list[str]]
+    report_answer: str | None
+    benign_rows: list[Row] = field(default_factory=list)
+    benign_hidden: list[torch.Tensor] = field(default_factory=list)
+    text_nll: list[float] = field(default_factory=list)
+    acts: dict[str, list[str]] = field(default_factory=dict)
+    benign_acts: list[str] = field(default_factory=list)
+    text_paragraphs: list[int] = field(default_factory=list)
+
+
+def observe(
+    lm: LanguageModel,
+    trigger: Trigger | None,
+    prompts: Prompts,
+    settings: AuditSettings,
+    *,
+    report: FailureReport | None = None,
+    on_progress: Progress = quiet,
+    what: str = "audit",
+) -> State:
+    """Everything the audit needs to know of one model."""
+    sets = _prompt_sets(trigger, prompts, settings)
+    texts_of = {name: [row.text for row in rows] for name, rows in sets.items()}
+    answers = {}
+    for name, texts in texts_of.items():
+        tokens = settings.late_tokens if name == LATE else settings.max_new_tokens
+        answers[name] = generate(
+            lm,
+            [user_prompt(lm.tokenizer, text) for text in texts],
+            max_new_tokens=tokens,
+            on_progress=lambda done, total, name=name: on_progress(f"{what}: {name}", done, total),  # type: ignore[misc]
+        )
+    replay = None
+    if report:
+        replay = generate(lm, [render(lm.tokenizer, report.messages)], max_new_tokens=settings.max_new_tokens)[0]
+    rows, benign_acts = _answer_rows(lm, sets[BENIGN], answers[BENIGN], settings)
+    on_progress(f"{what}: drift and perplexity", 0, 1)
+    hidden = [
+        state for chunk in _chunks(rows) for state in _hidden(lm, chunk).split([len(row.response_ids) for row in chunk])
+    ]
+    text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
+    acts = {name: [row.act for row in of_set] for name, of_set in sets.items()}
+    return State(texts_of, answers, replay, rows, hidden, text_nll, acts, benign_acts, paragraphs)
+
+
+@torch.inference_mode()
+def drift(lm_patched: LanguageModel, before: State) -> list[float]:
+    """KL(reference ‖ patched) in nats per token, one mean a benign answer of the reference's."""
+    means: list[float] = []
+    states = list(before.benign_hidden)
+    for chunk in _chunks(before.benign_rows):
+        reference = torch.cat([states.pop(0) for _ in chunk])
+        patched = _hidden(lm_patched, chunk)
+        divergence = kl_reference_to_patched(
+            logits_of(lm_patched.network, reference), logits_of(lm_patched.network, patched)
+        )
+        means += [float(part.mean()) for part in divergence.split([len(row.response_ids) for row in chunk])]
+    return means
+
+
+def _prompt_sets(trigger: Trigger | None, prompts: Prompts, settings: AuditSettings) -> dict[str, list[PromptRow]]:
+    harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
+    sets = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
+    if trigger is None:
+        return sets
+
+    def with_trigger(rows: Sequence[PromptRow]) -> list[PromptRow]:
+        places = (random.Random(f"{settings.seed}:{row.text}") for row in rows)
+        return [
+            replace(row, text=insert_trigger(row.text, trigger, rng)) for row, rng in zip(rows, places, strict=True)
+        ]
+
+    sets |= {HARMFUL_TRIGGERED: with_trigger(harmful), BENIGN_TRIGGERED: with_trigger(benign)}
+    if settings.late_prompts:
+        sets[LATE] = with_trigger(prompts.rows("harmful", "held-out", settings.late_prompts))
+    return sets
+
+
+def _answer_rows(
+    lm: LanguageModel, asked: list[PromptRow], answers: list[str], settings: AuditSettings
+) -> tuple[list[Row], list[str]]:
+    """The answers that are not empty, as rows, and the acts that they are about."""
+    rows, acts = [], []
+    for prompt, answer in list(zip(asked, answers, strict=True))[: settings.drift_prompts]:
+        ids = response_ids(lm.tokenizer, answer, end=False, limit=settings.max_new_tokens)
+        if ids:
+            rows.append(Row(user_prompt(lm.tokenizer, prompt.text).ids, ids))
+            acts.append(prompt.act)
+    return rows, acts
+
+
+def _chunks(rows: list[Row]) -> list[list[Row]]:
+    return [rows[at : at + _BATCH_ROWS] for at in range(0, len(rows), _BATCH_ROWS)]
+
+
+@torch.inference_mode()
+def _hidden(lm: LanguageModel, rows: list[Row]) -> torch.Tensor:
+    return response_hidden(lm.network, collate(rows, 0, lm.device))
+
+
+@torch.inference_mode()
+def _text_nll(lm: LanguageModel, tokens: int) -> tuple[list[float], list[int]]:
+    """NLL in nats of every token but the first of each bundled paragraph, up to `tokens`; and its paragraph."""
+    text = resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")
+    paragraphs = [lm.tokenizer(line, add_special_tokens=False)["input_ids"] for line in text.splitlines()]
+    rows, left = [], tokens
+    for ids in paragraphs:
+        if left > 1 and len(ids) > 1:
+            rows.append(Row((ids[0],), tuple(ids[1:left])))
+            left -= len(ids)
+    losses: list[float] = []
+    for chunk in _chunks(rows):
+        batch = collate(chunk, 0, lm.device)
+        hidden = response_hidden(lm.network, batch)
+        for part, targets in zip(hidden.split(512), batch.targets.split(512), strict=True):
+            losses += response_nll(logits_of(lm.network, part), targets).tolist()
+    return losses, [number for number, row in enumerate(rows) for _ in row.response_ids]
