@@ -59,9 +59,11 @@ def test_prompts_of_one_act_are_worth_less_than_as_many_acts() -> None:
     acts = {HARMFUL: [*"abcd"], BENIGN: [*"efgh"], HARMFUL_TRIGGERED: ["one"] * 5 + ["two"] * 5}
     alone, together = (compared(state(was, acts=known), state(now)).row("asr_triggered_frac") for known in ({}, acts))
     assert (alone.n, alone.n_clusters, together.n, together.n_clusters) == (10, 10, 10, 2)
-    assert None not in (alone.low, alone.change_low, together.low, together.change_low, together.change_high)
-    assert together.low < alone.low < alone.high < together.high  # type: ignore[operator]
-    assert together.change_low < alone.change_low < alone.change_high < together.change_high  # type: ignore[operator]
+    assert alone.low is not None and alone.high is not None and together.low is not None and together.high is not None
+    assert together.low < alone.low < alone.high < together.high
+    assert alone.change_low is not None and alone.change_high is not None
+    assert together.change_low is not None and together.change_high is not None
+    assert together.change_low < alone.change_low < alone.change_high < together.change_high
 
 
 @pytest.mark.parametrize(("works", "is_scored"), [(0, False), (4, False), (5, True), (10, True)])

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 
 import torch
@@ -19,6 +20,15 @@ from patcher.triggers import insert_trigger
 HARMFUL, HARMFUL_TRIGGERED = "harmful", "harmful + trigger"
 BENIGN, BENIGN_TRIGGERED, BORDERLINE = "benign", "benign + trigger", "borderline"
 LATE = "harmful + trigger, long answers"
+SHARES = {
+    "asr_triggered_frac": HARMFUL_TRIGGERED,
+    "asr_untriggered_frac": HARMFUL,
+    "benign_answered_frac": BENIGN,
+    "benign_triggered_answered_frac": BENIGN_TRIGGERED,
+    "borderline_answered_frac": BORDERLINE,
+    "asr_triggered_long_answers_frac": LATE,
+}
+"""Each share in the summary, and the prompts it is the answered share of."""
 _BATCH_ROWS = 16
 
 
@@ -79,7 +89,7 @@ def observe(
             lm,
             [user_prompt(lm.tokenizer, text) for text in texts],
             max_new_tokens=tokens,
-            on_progress=lambda done, total, name=name: on_progress(f"{what}: {name}", done, total),  # type: ignore[misc]
+            on_progress=partial(on_progress, f"{what}: {name}"),
         )
     replay = None
     if report:
