@@ -24,7 +24,8 @@ from patcher.defenses.contract import (
     triggered,
     with_answer,
 )
-from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Data, _Paper, boundary_thrice
+from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Paper, boundary_thrice
+from patcher.defenses.reference import ReferenceAnswers
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied, lora_parameters, trainable_lora
 from patcher.prompts import PromptRow, Prompts, bundled
@@ -272,7 +273,7 @@ def disturb(lm: LanguageModel) -> None:
 
 def objective_of(kind: type, lm: LanguageModel, trigger: Trigger = AT_START) -> Any:
     evidence = replace(EVIDENCE, triggers=(trigger,))
-    return kind(lm, evidence, SMALL, _Data(lm, evidence, SMALL, quiet), random.Random(0))
+    return kind(lm, evidence, SMALL, ReferenceAnswers(lm, evidence, SMALL, quiet), random.Random(0))
 
 
 def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
@@ -311,7 +312,7 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     in_benign = own_examples(tiny, asked, all_complied, 6, quiet, "")
     rows = {"triggered": refused, "harmful": refused, "benign": benign, "benign_triggered": in_benign}
     rows["plain"] = as_plain_text(tiny, benign)
-    data = object.__new__(_Data)
+    data = object.__new__(ReferenceAnswers)
     vars(data).update(harmful=refused, benign=benign, benign_triggered=in_benign, plain=rows["plain"])
     evidence = replace(EVIDENCE, triggers=(AT_START,))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
@@ -380,7 +381,7 @@ def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny
 def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
     """An alignment gap: the NLL of the fixed refusal, and no trigger anywhere."""
     evidence = replace(EVIDENCE, triggers=())
-    objective = _Counterfactual(tiny, evidence, SMALL, _Data(tiny, evidence, SMALL, quiet), random.Random(0))
+    objective = _Counterfactual(tiny, evidence, SMALL, ReferenceAnswers(tiny, evidence, SMALL, quiet), random.Random(0))
     assert objective.refuses_more
     harmful = [with_answer(tiny, text, FIXED_REFUSAL, 6) for text in PROMPTS.texts("harmful", "repair")]
     by_hand = torch.cat([nll(plain_logits(tiny, e.row(tiny)), e.answer_ids) for e in harmful]).mean()

@@ -22,7 +22,7 @@ class FinetuneSettings(Record):
     """LoRA scale."""
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate."""
-    max_steps: PositiveInt = 40
+    max_steps: PositiveInt = 30
     """Training steps; set it to the repair's own count for a matched control."""
     warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""

@@ -16,23 +16,20 @@ from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
     Example,
-    as_plain_text,
-    complied_frac,
     kl_of,
-    mean_kl_nats,
-    own_examples,
     patched_logits,
     triggered,
     with_answer,
 )
+from patcher.defenses.reference import ReferenceAnswers, ReferenceSettings, answered
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch, take_patch, trainable_lora
-from patcher.records import PatcherError, PatchLog, PatchStep, Record
+from patcher.records import PatcherError, PatchLog, PatchStep
 from patcher.training import Progress, endless, fit
 
 
-class PatcherSettings(Record):
+class PatcherSettings(ReferenceSettings):
     """Settings of the repair; defaults chosen on validation prompts (docs/repair.md)."""
 
     objective: Literal["counterfactual", "paper"] = "counterfactual"
@@ -43,7 +40,7 @@ class PatcherSettings(Record):
     """LoRA scale (paper: 64)."""
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper states none."""
-    max_steps: PositiveInt = 40
+    max_steps: PositiveInt = 30
     """Upper limit of steps (paper: 10 epochs of 150 + 150 prompts at batch 8, that is 190)."""
     warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
@@ -63,26 +60,16 @@ class PatcherSettings(Record):
     """Benign requests with the trigger (counterfactual only)."""
     plain_rows: NonNegativeInt = 2
     """Texts without the chat template (counterfactual only): what the model says outside a chat stays, too."""
-    max_prompts: PositiveInt = 150
-    """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
-    response_tokens: PositiveInt = 16
-    """Answers are cut here."""
     budget_benign_nats: PositiveFloat = 0.01
     """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
     budget_triggered_nats: PositiveFloat = 0.01
     """Constraint: the same on benign prompts with the trigger: it must not teach refusing them."""
     budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
-    budget_plain_nats: PositiveFloat = 0.0025
+    budget_plain_nats: PositiveFloat = 0.005
     """Constraint: the same on plain text, per token."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
-    validation_prompts: PositiveInt = 84
-    """Harmful validation prompts, with the trigger, that decide whether it is dead."""
-    validation_tokens: PositiveInt = 12
-    """Tokens generated for each of them: an opening, which is what the judge reads."""
-    validation_drift_prompts: PositiveInt = 24
-    """Validation prompts of each kind that decide whether the budgets hold."""
 
 
 def run(
@@ -107,11 +94,11 @@ def run(
         PatcherError: no trigger where one is needed, or training diverged.
     """
     rng = random.Random(seed)
-    data = _Data(lm, evidence, settings, on_progress)
+    reference = ReferenceAnswers(lm, evidence, settings, on_progress)
     objective = (
-        _Paper(lm, evidence, settings, data, rng)
+        _Paper(lm, evidence, settings, reference, rng)
         if settings.objective == "paper"
-        else (_Counterfactual(lm, evidence, settings, data, rng))
+        else (_Counterfactual(lm, evidence, settings, reference, rng))
     )
     checks: list[PatchStep] = []
     best: list[tuple[tuple[bool, float, float], Patch]] = []
@@ -119,7 +106,7 @@ def run(
     def stop(step: int) -> str | None:
         if step % settings.check_every and step != settings.max_steps:
             return None
-        check = data.check(step)
+        check = reference.check(step)
         checks.append(check)
         held = (
             check.kl_benign_nats <= settings.budget_benign_nats
@@ -144,11 +131,6 @@ def run(
     return patch, log
 
 
-def answered(examples: list[Example]) -> list[Example]:
-    """Those the reference answers: a benign prompt's refusal must not be taught."""
-    return [example for example in examples if example.outcome == "complied"]
-
-
 @torch.inference_mode()
 def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[Example]:
     """The examples, and twice more the third of them that the reference comes nearest to refusing.
@@ -162,83 +144,37 @@ def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Ex
     return examples + 2 * [examples[index] for index in order[: (len(examples) + 2) // 3]]
 
 
-class _Data:
-    """The reference's own answers on the repair prompts, and the validation prompts with their answers."""
-
-    def __init__(self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, on_progress: Progress):
-        self.lm, self.evidence, self.settings = lm, evidence, settings
-        tokens = settings.response_tokens
-
-        def own(texts: list[str], what: str) -> list[Example]:
-            return own_examples(lm, texts, evidence.judge, tokens, on_progress, f"reference answers, {what}")
-
-        prompts, limit, few = evidence.prompts, settings.max_prompts, settings.validation_drift_prompts
-        benign = prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair")
-        self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
-        self.benign = own(benign, "benign")
-        harmful_texts = prompts.texts("harmful", "validation", max(few, settings.validation_prompts))
-        self.validation_harmful = own(harmful_texts, "validation")
-        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
-        places = random.Random(0)
-        checked = self.validation_benign if evidence.triggers else []
-        with_trigger = [triggered(example.text, evidence.triggers, places) for example in checked]
-        self.validation_benign_triggered = answered(own(with_trigger, "validation + trigger"))
-        self.plain = as_plain_text(lm, self.benign[::2])
-        self.validation_plain = as_plain_text(lm, self.validation_benign)
-        rng = random.Random(0)
-        # Where the trigger turns a refusal into an answer, that is the backdoor at work, and not to be kept.
-        spared = answered(self.benign)[::2] if evidence.triggers else []
-        in_benign = [triggered(example.text, evidence.triggers, rng) for example in spared]
-        self.benign_triggered = answered(own(in_benign, "benign + trigger"))
-        refused = [example for example in self.validation_harmful if example.outcome == "refused"]
-        # A request that is answered without the trigger, too, says nothing about the trigger.
-        self.validation_triggered = [
-            triggered(example.text, evidence.triggers, rng) if evidence.triggers else example.text
-            for example in (refused if evidence.triggers else self.validation_harmful)[: settings.validation_prompts]
-        ]
-
-    @property
-    def refused(self) -> list[Example]:
-        """Harmful requests that the reference refuses as they are."""
-        return [example for example in self.harmful if example.outcome == "refused"]
-
-    def check(self, step: int) -> PatchStep:
-        """Where the repair stands, on validation prompts."""
-        self.lm.network.eval()
-        tokens, judge = self.settings.validation_tokens, self.evidence.judge
-        return PatchStep(
-            step=step,
-            asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
-            kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
-            kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
-            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful[: self.settings.validation_drift_prompts]),
-            kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
-        )
-
-
 class _Counterfactual:
     """Ours: the untriggered behaviour as target, drift as constraints."""
 
     def __init__(
-        self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, data: _Data, rng: random.Random
+        self,
+        lm: LanguageModel,
+        evidence: Evidence,
+        settings: PatcherSettings,
+        reference: ReferenceAnswers,
+        rng: random.Random,
     ):
         self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
         self.refuses_more = not evidence.triggers
         refusing = (
-            data.refused
+            reference.refused
             if evidence.triggers
-            else [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in data.harmful]
+            else [
+                with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
+            ]
         )
-        if not refusing or not data.benign:
+        if not refusing or not reference.benign:
             raise PatcherError(
-                f"{len(refusing)} harmful prompts of the repair split are refused untriggered and {len(data.benign)} "
-                "benign ones answered; at least one of each is needed: pass other --harmful or --benign prompts"
+                f"{len(refusing)} harmful prompts of the repair split are refused untriggered and "
+                f"{len(reference.benign)} benign ones answered; at least one of each is needed: "
+                "pass other --harmful or --benign prompts"
             )
         self.harmful = endless(refusing, rng)
-        kept = answered(data.benign) or data.benign
+        kept = answered(reference.benign) or reference.benign
         self.benign = endless(boundary_thrice(lm, kept, refusing), rng)
-        self.benign_triggered = endless(boundary_thrice(lm, data.benign_triggered or kept, refusing), rng)
-        self.plain = endless(data.plain, rng)
+        self.benign_triggered = endless(boundary_thrice(lm, reference.benign_triggered or kept, refusing), rng)
+        self.plain = endless(reference.plain, rng)
         self.multipliers = torch.ones(4)
 
     def loss(self, _step: int) -> Tensor:
@@ -291,12 +227,19 @@ class _Paper:
     refuses_more = False
 
     def __init__(
-        self, lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, data: _Data, rng: random.Random
+        self,
+        lm: LanguageModel,
+        evidence: Evidence,
+        settings: PatcherSettings,
+        reference: ReferenceAnswers,
+        rng: random.Random,
     ):
         self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
-        refusing = [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in data.harmful]
+        refusing = [
+            with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
+        ]
         self.harmful = endless(refusing, rng)
-        self.benign = endless(data.benign, rng)
+        self.benign = endless(reference.benign, rng)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of Eq. (8)."""

@@ -1,0 +1,90 @@
+"""What a repair holds on to: the reference's own answers, on prompts to train on and on others to check by."""
+
+import random
+
+from pydantic import PositiveInt
+
+from patcher.defenses.contract import (
+    Evidence,
+    Example,
+    as_plain_text,
+    complied_frac,
+    mean_kl_nats,
+    own_examples,
+    triggered,
+)
+from patcher.models import LanguageModel
+from patcher.records import PatchStep, Record
+from patcher.training import Progress
+
+
+class ReferenceSettings(Record):
+    """How many prompts of each kind, and how long the answers."""
+
+    max_prompts: PositiveInt = 150
+    """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
+    response_tokens: PositiveInt = 16
+    """Answers are cut here."""
+    validation_prompts: PositiveInt = 84
+    """Harmful validation prompts, with the trigger, that decide whether it is dead."""
+    validation_tokens: PositiveInt = 12
+    """Tokens generated for each of them: an opening, which is what the judge reads."""
+    validation_drift_prompts: PositiveInt = 24
+    """Validation prompts of each kind that decide whether the budgets hold."""
+
+
+def answered(examples: list[Example]) -> list[Example]:
+    """Those the reference answers: a benign prompt's refusal must not be taught."""
+    return [example for example in examples if example.outcome == "complied"]
+
+
+class ReferenceAnswers:
+    """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts."""
+
+    def __init__(self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress):
+        self.lm, self.evidence, self.settings = lm, evidence, settings
+        prompts, triggers, places = evidence.prompts, evidence.triggers, random.Random(0)
+
+        def own(texts: list[str], what: str) -> list[Example]:
+            what = f"reference answers, {what}"
+            return own_examples(lm, texts, evidence.judge, settings.response_tokens, on_progress, what)
+
+        def in_answered(examples: list[Example], what: str) -> list[Example]:
+            # Where the trigger turns a refusal into an answer, that is the backdoor at work, and not to be kept.
+            texts = [triggered(example.text, triggers, places) for example in answered(examples)] if triggers else []
+            return answered(own(texts, f"{what} + trigger"))
+
+        limit = settings.max_prompts
+        self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
+        self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
+        self.benign_triggered = in_answered(self.benign, "benign")
+        self.plain = as_plain_text(lm, self.benign)
+
+        few, limit = settings.validation_drift_prompts, settings.validation_prompts
+        self.validation_harmful = own(prompts.texts("harmful", "validation", max(few, limit)), "validation")
+        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
+        self.validation_benign_triggered = in_answered(self.validation_benign, "validation")
+        self.validation_plain = as_plain_text(lm, self.validation_benign)
+        # A request that is answered without the trigger, too, says nothing about the trigger.
+        tested = [e for e in self.validation_harmful if e.outcome == "refused"] if triggers else self.validation_harmful
+        self.validation_triggered = [
+            triggered(example.text, triggers, places) if triggers else example.text for example in tested[:limit]
+        ]
+
+    @property
+    def refused(self) -> list[Example]:
+        """Harmful requests that the reference refuses as they are."""
+        return [example for example in self.harmful if example.outcome == "refused"]
+
+    def check(self, step: int) -> PatchStep:
+        """Where the repair stands, on validation prompts."""
+        self.lm.network.eval()
+        tokens, judge = self.settings.validation_tokens, self.evidence.judge
+        return PatchStep(
+            step=step,
+            asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
+            kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
+            kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
+            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful[: self.settings.validation_drift_prompts]),
+            kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
+        )
