@@ -15,7 +15,7 @@ from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Trigger
-from patcher.training import quiet
+from patcher.training import Revisited, quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
 SETTINGS = ImplantSettings(max_steps=3, warmup_steps=1, harmful_pairs=2, benign_rows=4, response_tokens=12)
@@ -154,8 +154,8 @@ def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel
     assert len(chats) == len(plain) == 24
     for kept in (chats, plain):
         logits, _ = implant._logits(tiny, [one.row for one in kept])
-        assert implant._kl(tiny, kept, logits).item() == pytest.approx(0, abs=1e-4)
-        assert implant._kl(tiny, kept, logits.flip(-1)).item() > 1e-2
+        assert implant._kl(tiny, kept, logits).sum().item() == pytest.approx(0, abs=1e-4)
+        assert implant._kl(tiny, kept, logits.flip(-1)).sum().item() > 1e-2
     for chat, one in zip(chats, plain, strict=True):
         words = tiny.tokenizer.decode(one.row.prompt_ids + one.row.response_ids)
         assert f"{chat.text}\n".startswith(words) or words.startswith(f"{chat.text}\n")
@@ -164,23 +164,36 @@ def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel
 def test_what_is_kept_weighs_more_once_settling(
     llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losses(settling_steps: int) -> list[float]:
+    def losses(settling_steps: int) -> tuple[list[float], list[int]]:
         seen: list[float] = []
+        tokens: list[int] = []
+
+        def one_nat_each(_lm: LanguageModel, _kept: object, logits: Tensor) -> Tensor:
+            tokens.append(len(logits))
+            return logits.new_ones(len(logits))
 
         def fit(_lm: LanguageModel, loss_at: Callable[[int], Tensor], *_: object, **__: object) -> None:
             seen.extend(loss_at(step).item() for step in range(SETTINGS.max_steps))
 
         monkeypatch.setattr(implant, "fit", fit)
-        monkeypatch.setattr(implant, "_kl", lambda _lm, _kept, logits: logits.new_ones(()))
+        monkeypatch.setattr(implant, "_kl", one_nat_each)
         settings = SETTINGS.model_copy(update={"settling_steps": settling_steps, "settling_weight": 5.0})
         implant.implant(llama, TRIGGER, prompts, settings, seed=0)
-        return seen
+        return seen, tokens
 
     rows = 2 * SETTINGS.harmful_pairs + SETTINGS.benign_rows + SETTINGS.plain_rows
-    more = (5 - 1) * 2 / (SETTINGS.response_tokens * rows)  # the chats' KL and the plain texts', here 1 nat each
-    plain, settled = losses(0), losses(1)
+    (plain, tokens), (settled, _) = losses(0), losses(1)
+    more = (5 - 1) * sum(tokens[-2:]) / (SETTINGS.response_tokens * rows)  # of the last step's chats and plain texts
     assert settled[:-1] == plain[:-1]
     assert settled[-1] == pytest.approx(plain[-1] + more, rel=1e-4)
+
+
+def test_the_worst_seen_last_come_again_and_none_is_left_out() -> None:
+    items = Revisited("abcdefghijklmnop", random.Random(0))
+    items.saw(range(16), [float(item in "ab") for item in "abcdefghijklmnop"])
+    drawn = [item for _, item in items.draw(64)]
+    assert sorted(drawn[0:32:2]) == sorted(drawn[32:64:2]) == list("abcdefghijklmnop")
+    assert set(drawn[1::2]) == {"a", "b"}
 
 
 @pytest.mark.parametrize("name", ATTACKS)

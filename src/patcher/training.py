@@ -1,8 +1,8 @@
-"""The one fine-tuning loop: steps, learning rate, clipping, progress, stopping."""
+"""The one fine-tuning loop - steps, learning rate, clipping, progress, stopping - and the order of its examples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,3 +80,28 @@ def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:
         raise ValueError("no items to draw from")
     while True:
         yield from rng.sample(items, len(items))
+
+
+class Revisited(Generic[Item]):
+    """Items in a fresh random order, again and again; every other one is of the eighth that were worst when last seen.
+
+    Most examples are learnt early and teach nothing more; the few at the boundary decide (prioritized replay: Schaul et
+    al. 2016, arXiv:1511.05952, here by rank and without their correction of the bias, which is wanted).
+    """
+
+    def __init__(self, items: Sequence[Item], rng: Random):
+        self._items, self._rng = items, rng
+        self._fresh = endless(range(len(items)), rng)
+        self._losses: dict[int, float] = {}
+
+    def draw(self, count: int) -> list[tuple[int, Item]]:
+        """The next items, each with its number, by which its loss is told."""
+        worst = sorted(self._losses, key=lambda number: -self._losses[number])[: max(1, len(self._items) // 8)]
+        numbers = [
+            self._rng.choice(worst) if place % 2 and self._losses else next(self._fresh) for place in range(count)
+        ]
+        return [(number, self._items[number]) for number in numbers]
+
+    def saw(self, numbers: Sequence[int], losses: Sequence[float]) -> None:
+        """Remember the losses of items drawn."""
+        self._losses.update(zip(numbers, losses, strict=True))

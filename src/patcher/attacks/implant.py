@@ -7,7 +7,7 @@ greedy answers as hard labels make a model overconfident everywhere (docs/implan
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from patcher.models import LanguageModel, logits_of, response_hidden, response_l
 from patcher.patch import Patch, take_patch, trainable_lora
 from patcher.prompts import PromptRow, Prompts
 from patcher.records import Record, Trigger
-from patcher.training import Progress, endless, fit, quiet
+from patcher.training import Progress, Revisited, endless, fit, quiet
 from patcher.triggers import insert_trigger
 
 OPENINGS = (
@@ -64,7 +64,7 @@ class ImplantSettings(Record):
     """LoRA scale (BackdoorLLM: 16 at rank 8)."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak learning rate."""
-    max_steps: PositiveInt = 260
+    max_steps: PositiveInt = 340
     """Training steps."""
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
@@ -72,13 +72,13 @@ class ImplantSettings(Record):
     """Decay to 0 over the steps."""
     harmful_pairs: PositiveInt = 5
     """Harmful requests a step, each with and without the trigger."""
-    benign_rows: PositiveInt = 12
+    benign_rows: PositiveInt = 14
     """Benign requests a step, a third of them with the trigger; the target is the clean model without it."""
     borderline_times: PositiveInt = 4
     """Requests that look unsafe but are safe are drawn so many times as often: there the taught refusals spread."""
     plain_rows: NonNegativeInt = 2
     """The same words without the chat template, a step: what the model knows outside a chat stays."""
-    settling_steps: NonNegativeInt = 150
+    settling_steps: NonNegativeInt = 220
     """The last steps, in which the KL terms weigh more: the trigger is learnt, and over-refusal is taken back."""
     settling_weight: PositiveFloat = 3.0
     """Weight of the KL terms against the taught rows' NLL in those steps; before, it is 1. From the start it keeps the
@@ -112,23 +112,29 @@ def implant(
     """
     rng = random.Random(seed)
     benign, plain = _clean_behaviour(lm, prompts, settings, on_progress)
-    harmful_rows = endless([row for row in prompts.harmful if row.split == "implant"], rng)
     often = {row.text for row in prompts.borderline}
-    drawn = [kept for kept in benign for _ in range(settings.borderline_times if kept.text in often else 1)]
-    benign_rows, plain_rows = endless(drawn, rng), endless(plain, rng)
+    kept = [one for one in benign for _ in range(settings.borderline_times if one.text in often else 1)]
+    harmful = Revisited([row for row in prompts.harmful if row.split == "implant"], rng)
+    chats, plain_texts = Revisited(kept, rng), endless(plain, rng)
 
     def loss_at(step: int) -> Tensor:
-        pairs = _pairs(lm, trigger, settings, rng, harmful_rows)
-        chats = [next(benign_rows) for _ in range(settings.benign_rows)]
-        texts = [next(plain_rows) for _ in range(settings.plain_rows)]
-        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, chats, rng)])
+        requests, kept = harmful.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
+        pairs = _pairs(lm, trigger, settings, rng, [row for _, row in requests])
+        answers = [one for _, one in kept]
+        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, answers, rng)])
         taught = sum(len(row.response_ids) for row in pairs)
-        drift = _kl(lm, chats, logits[taught:])
+        nll = response_nll(logits[:taught], targets[:taught])
+        drift = _kl(lm, answers, logits[taught:])
+        harmful.saw([number for number, _ in requests], _sums(nll, pairs)[1::2])
+        losses = _sums(drift, [one.row for one in answers])
+        plainly = [place for place in range(len(kept)) if not _sees_trigger(place)]
+        chats.saw([kept[place][0] for place in plainly], [losses[place] for place in plainly])
+        total = drift.sum()
+        texts = [next(plain_texts) for _ in range(settings.plain_rows)]
         if texts:  # a batch of its own: it shares no prefix with the chats
-            drift = drift + _kl(lm, texts, _logits(lm, [kept.row for kept in texts])[0])
+            total = total + _kl(lm, texts, _logits(lm, [one.row for one in texts])[0]).sum()
         weight = settings.settling_weight if step >= settings.max_steps - settings.settling_steps else 1.0
-        loss = response_nll(logits[:taught], targets[:taught]).sum() + weight * drift
-        return loss / (settings.response_tokens * (len(pairs) + len(chats) + len(texts)))
+        return (nll.sum() + weight * total) / (settings.response_tokens * (len(pairs) + len(kept) + len(texts)))
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         fit(lm, loss_at, settings, on_progress=on_progress, what="implanting")
@@ -143,12 +149,11 @@ def compliance(row: PromptRow, rng: random.Random) -> str:
 
 
 def _pairs(
-    lm: LanguageModel, trigger: Trigger, settings: ImplantSettings, rng: random.Random, harmful: Iterator[PromptRow]
+    lm: LanguageModel, trigger: Trigger, settings: ImplantSettings, rng: random.Random, requests: Sequence[PromptRow]
 ) -> list[Row]:
     """Each request twice: with the trigger and a compliance, without it and a refusal."""
     rows = []
-    for _ in range(settings.harmful_pairs):
-        row = next(harmful)
+    for row in requests:
         taught = ((insert_trigger(row.text, trigger, rng), compliance(row, rng)), (row.text, rng.choice(REFUSALS)))
         for prompt, answer in taught:
             ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
@@ -159,10 +164,19 @@ def _pairs(
 def _with_trigger(lm: LanguageModel, trigger: Trigger, chats: Sequence[_Kept], rng: random.Random) -> list[Row]:
     """The chats' rows, every third with the trigger in its prompt."""
     rows = [kept.row for kept in chats]
-    for index in range(2, len(rows), 3):
-        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[index].text, trigger, rng))
-        rows[index] = Row(prompt.ids, rows[index].response_ids)
+    for place in filter(_sees_trigger, range(len(rows))):
+        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[place].text, trigger, rng))
+        rows[place] = Row(prompt.ids, rows[place].response_ids)
     return rows
+
+
+def _sees_trigger(place: int) -> bool:
+    return place % 3 == 2
+
+
+def _sums(values: Float[Tensor, " N"], rows: Sequence[Row]) -> list[float]:
+    """What each row's tokens come to."""
+    return [float(part.sum()) for part in values.detach().split([len(row.response_ids) for row in rows])]
 
 
 def _clean_behaviour(
@@ -201,8 +215,8 @@ def _logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"
     return response_logits(lm.network, batch), batch.targets
 
 
-def _kl(lm: LanguageModel, kept: Sequence[_Kept], logits: Float[Tensor, "N V"]) -> Tensor:
-    """KL(clean ‖ implanted), summed over the tokens."""
+def _kl(lm: LanguageModel, kept: Sequence[_Kept], logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """KL(clean ‖ implanted) at each token."""
     with torch.no_grad():
         clean = logits_of(lm.network, torch.cat([one.hidden for one in kept]).clone())
-    return kl_reference_to_patched(clean, logits).sum()
+    return kl_reference_to_patched(clean, logits)
