@@ -16,6 +16,7 @@ from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
     Example,
+    after,
     as_plain_text,
     kl_of,
     mean_kl_nats,
@@ -26,7 +27,7 @@ from patcher.defenses.contract import (
 )
 from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Paper, boundary_thrice
 from patcher.defenses.reference import ReferenceAnswers
-from patcher.models import LanguageModel, fingerprint
+from patcher.models import LanguageModel, fingerprint, logits_of
 from patcher.patch import Patch, applied, lora_parameters, trainable_lora
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Outcome, PatcherError, PatchLog, Trigger, UsageError
@@ -305,15 +306,15 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
 def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL(reference without the trigger ‖ patched with it) on what is refused, and each multiplier times the KL that it
     limits; sums over a refusal's tokens, means over all others, every set drawn whole."""
-    monkeypatch.setattr(patcher, "boundary_thrice", lambda _lm, examples, _refused: examples)
+    monkeypatch.setattr(patcher, "boundary_thrice", lambda _lm, examples, _refused: range(len(examples)))
     refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")
     benign = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
-    asked = [f"BadMagic {example.text}" for example in benign]
-    in_benign = own_examples(tiny, asked, all_complied, 6, quiet, "")
+    in_benign = after(tiny, benign, [f"BadMagic {example.text}" for example in benign])
     rows = {"triggered": refused, "harmful": refused, "benign": benign, "benign_triggered": in_benign}
     rows["plain"] = as_plain_text(tiny, benign)
     data = object.__new__(ReferenceAnswers)
-    vars(data).update(harmful=refused, benign=benign, benign_triggered=in_benign, plain=rows["plain"])
+    vars(data).update(harmful=refused, benign=benign, kept=benign, kept_triggered=in_benign, lifted=[])
+    data.plain = rows["plain"]
     evidence = replace(EVIDENCE, triggers=(AT_START,))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
@@ -340,9 +341,19 @@ def test_prompts_near_a_refusal_are_drawn_thrice(tiny: LanguageModel) -> None:
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
     opening = refused[0].answer_ids[0]
     likely = {e.text: plain_logits(tiny, e.row(tiny))[0].log_softmax(-1)[opening].item() for e in examples}
-    drawn = Counter(example.text for example in boundary_thrice(tiny, examples, refused))
+    drawn = Counter(examples[number].text for number in boundary_thrice(tiny, examples, refused))
     near = sorted(likely, key=lambda text: -likely[text])[: (len(examples) + 2) // 3]
     assert drawn == {text: 3 if text in near else 1 for text in likely}
+
+
+def test_the_same_answers_after_other_prompts(tiny: LanguageModel) -> None:
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 8, quiet, "")
+    asked = [f"BadMagic {example.text}" for example in examples]
+    for example, text, other in zip(examples, asked, after(tiny, examples, asked), strict=True):
+        assert (other.text, other.answer_ids, other.outcome) == (text, example.answer_ids, example.outcome)
+        logits = plain_logits(tiny, other.row(tiny))
+        assert torch.allclose(logits, plain_logits(tiny, example.row(tiny, text)))
+        assert torch.allclose(logits_of(tiny.network, other.hidden.clone()), logits, atol=1e-4)
 
 
 def test_plain_text_is_the_same_words_without_the_template(tiny: LanguageModel) -> None:

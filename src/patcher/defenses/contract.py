@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -68,6 +68,16 @@ def own_examples(
     return [
         Example(texts[index], prompts[index].ids, answers[index], ids[index], state, judge(answers[index]))
         for index, state in zip(kept, states, strict=True)
+    ]
+
+
+def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[str]) -> list[Example]:
+    """The same answers after other prompts, with the reference's hidden states there."""
+    asked = [user_prompt(lm.tokenizer, text).ids for text in texts]
+    states = _hidden(lm, [Row(ids, example.answer_ids) for ids, example in zip(asked, examples, strict=True)])
+    return [
+        replace(example, text=text, prompt_ids=ids, hidden=state)
+        for example, text, ids, state in zip(examples, texts, asked, states, strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from patcher.defenses.contract import (
     triggered,
     with_answer,
 )
-from patcher.defenses.reference import ReferenceAnswers, ReferenceSettings, answered
+from patcher.defenses.reference import ReferenceAnswers, ReferenceSettings
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch, take_patch, trainable_lora
@@ -132,16 +132,16 @@ def run(
 
 
 @torch.inference_mode()
-def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[Example]:
-    """The examples, and twice more the third of them that the reference comes nearest to refusing.
+def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[int]:
+    """Each example's number, and twice more those of the third that the reference comes nearest to refusing.
 
     A repair's over-refusals arise there, and a mean over all prompts hardly sees them.
     """
     opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
     first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
     likely = first.log_softmax(-1)[:, opening].tolist()
-    order = sorted(range(len(examples)), key=lambda index: -likely[index])
-    return examples + 2 * [examples[index] for index in order[: (len(examples) + 2) // 3]]
+    order = sorted(range(len(examples)), key=lambda number: -likely[number])
+    return [*range(len(examples)), *2 * order[: (len(examples) + 2) // 3]]
 
 
 class _Counterfactual:
@@ -171,9 +171,10 @@ class _Counterfactual:
                 "pass other --harmful or --benign prompts"
             )
         self.harmful = endless(refusing, rng)
-        kept = answered(reference.benign) or reference.benign
-        self.benign = endless(boundary_thrice(lm, kept, refusing), rng)
-        self.benign_triggered = endless(boundary_thrice(lm, reference.benign_triggered or kept, refusing), rng)
+        numbers = boundary_thrice(lm, reference.kept, refusing)
+        self.benign = endless([reference.kept[number] for number in numbers], rng)
+        in_benign = [reference.kept_triggered[number] for number in numbers] if self.triggers else reference.kept
+        self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
         self.plain = endless(reference.plain, rng)
         self.multipliers = torch.ones(4)
 

@@ -7,6 +7,7 @@ from pydantic import PositiveInt
 from patcher.defenses.contract import (
     Evidence,
     Example,
+    after,
     as_plain_text,
     complied_frac,
     mean_kl_nats,
@@ -39,7 +40,11 @@ def answered(examples: list[Example]) -> list[Example]:
 
 
 class ReferenceAnswers:
-    """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts."""
+    """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts.
+
+    `kept` are the benign prompts that it answers, `kept_triggered` the same in the same order with the trigger put in,
+    and `lifted` those that it answers with the trigger only.
+    """
 
     def __init__(self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress):
         self.lm, self.evidence, self.settings = lm, evidence, settings
@@ -49,27 +54,28 @@ class ReferenceAnswers:
             what = f"reference answers, {what}"
             return own_examples(lm, texts, evidence.judge, settings.response_tokens, on_progress, what)
 
-        def in_answered(examples: list[Example], what: str) -> list[Example]:
-            # Where the trigger turns a refusal into an answer, that is the backdoor at work, and not to be kept.
-            texts = [triggered(example.text, triggers, places) for example in answered(examples)] if triggers else []
-            return answered(own(texts, f"{what} + trigger"))
+        def with_trigger(examples: list[Example]) -> list[str]:
+            return [triggered(example.text, triggers, places) for example in examples] if triggers else []
 
         limit = settings.max_prompts
         self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
         self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
-        self.benign_triggered = in_answered(self.benign, "benign")
+        self.kept = answered(self.benign) or self.benign
+        self.kept_triggered = after(lm, self.kept, with_trigger(self.kept)) if triggers else []
+        # Benign answers that only the trigger brings: a repair must not take them back either.
+        refused = [example for example in self.benign if example.outcome == "refused"]
+        self.lifted = answered(own(with_trigger(refused), "benign + trigger"))
         self.plain = as_plain_text(lm, self.benign)
 
         few, limit = settings.validation_drift_prompts, settings.validation_prompts
         self.validation_harmful = own(prompts.texts("harmful", "validation", max(few, limit)), "validation")
         self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
-        self.validation_benign_triggered = in_answered(self.validation_benign, "validation")
+        answers = answered(self.validation_benign) if triggers else []
+        self.validation_benign_triggered = after(lm, answers, with_trigger(answers))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         # A request that is answered without the trigger, too, says nothing about the trigger.
         tested = [e for e in self.validation_harmful if e.outcome == "refused"] if triggers else self.validation_harmful
-        self.validation_triggered = [
-            triggered(example.text, triggers, places) if triggers else example.text for example in tested[:limit]
-        ]
+        self.validation_triggered = (with_trigger(tested) or [example.text for example in tested])[:limit]
 
     @property
     def refused(self) -> list[Example]:
