@@ -60,14 +60,16 @@ class PatcherSettings(ReferenceSettings):
     """Benign requests with the trigger (counterfactual only)."""
     plain_rows: NonNegativeInt = 2
     """Texts without the chat template (counterfactual only): what the model says outside a chat stays, too."""
-    budget_benign_nats: PositiveFloat = 0.01
+    budget_benign_nats: PositiveFloat = 0.005
     """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
-    budget_triggered_nats: PositiveFloat = 0.01
+    budget_triggered_nats: PositiveFloat = 0.005
     """Constraint: the same on benign prompts with the trigger: it must not teach refusing them."""
     budget_harmful_nats: PositiveFloat = 0.02
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
     budget_plain_nats: PositiveFloat = 0.005
     """Constraint: the same on plain text, per token."""
+    multiplier_start: PositiveFloat = 10.0
+    """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
 
@@ -176,7 +178,7 @@ class _Counterfactual:
         in_benign = [reference.kept_triggered[number] for number in numbers] if self.triggers else reference.kept
         self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
         self.plain = endless(reference.plain, rng)
-        self.multipliers = torch.ones(4)
+        self.multipliers = torch.full((4,), settings.multiplier_start)
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
