@@ -190,8 +190,8 @@ def test_what_is_kept_weighs_more_once_settling(
 
 def test_the_worst_seen_last_come_again_and_none_is_left_out() -> None:
     items = Revisited("abcdefghijklmnop", random.Random(0))
-    items.saw(range(16), [float(item in "ab") for item in "abcdefghijklmnop"])
-    drawn = [item for _, item in items.draw(64)]
+    items.saw([float(item in "ab") for item in items.draw(16)])
+    drawn = items.draw(64)
     assert sorted(drawn[0:32:2]) == sorted(drawn[32:64:2]) == list("abcdefghijklmnop")
     assert set(drawn[1::2]) == {"a", "b"}
 

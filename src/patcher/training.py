@@ -93,15 +93,17 @@ class Revisited(Generic[Item]):
         self._items, self._rng = items, rng
         self._fresh = endless(range(len(items)), rng)
         self._losses: dict[int, float] = {}
+        self._drawn: list[int] = []
 
-    def draw(self, count: int) -> list[tuple[int, Item]]:
-        """The next items, each with its number, by which its loss is told."""
+    def draw(self, count: int) -> list[Item]:
+        """The next items."""
         worst = sorted(self._losses, key=lambda number: -self._losses[number])[: max(1, len(self._items) // 8)]
-        numbers = [
+        self._drawn = [
             self._rng.choice(worst) if place % 2 and self._losses else next(self._fresh) for place in range(count)
         ]
-        return [(number, self._items[number]) for number in numbers]
+        return [self._items[number] for number in self._drawn]
 
-    def saw(self, numbers: Sequence[int], losses: Sequence[float]) -> None:
-        """Remember the losses of items drawn."""
-        self._losses.update(zip(numbers, losses, strict=True))
+    def saw(self, losses: Sequence[float | None]) -> None:
+        """The losses of the items last drawn, in their order; None leaves an item's as it was."""
+        seen = zip(self._drawn, losses, strict=True)
+        self._losses.update((number, loss) for number, loss in seen if loss is not None)

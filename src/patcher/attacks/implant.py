@@ -118,23 +118,20 @@ def implant(
     chats, plain_texts = Revisited(kept, rng), endless(plain, rng)
 
     def loss_at(step: int) -> Tensor:
-        requests, kept = harmful.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
-        pairs = _pairs(lm, trigger, settings, rng, [row for _, row in requests])
-        answers = [one for _, one in kept]
+        requests, answers = harmful.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
+        pairs = _pairs(lm, trigger, settings, rng, requests)
         logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, answers, rng)])
         taught = sum(len(row.response_ids) for row in pairs)
-        nll = response_nll(logits[:taught], targets[:taught])
-        drift = _kl(lm, answers, logits[taught:])
-        harmful.saw([number for number, _ in requests], _sums(nll, pairs)[1::2])
-        losses = _sums(drift, [one.row for one in answers])
-        plainly = [place for place in range(len(kept)) if not _sees_trigger(place)]
-        chats.saw([kept[place][0] for place in plainly], [losses[place] for place in plainly])
+        nll, drift = response_nll(logits[:taught], targets[:taught]), _kl(lm, answers, logits[taught:])
+        harmful.saw(_sums(nll, pairs)[1::2])
+        losses = enumerate(_sums(drift, [one.row for one in answers]))
+        chats.saw([None if _sees_trigger(place) else loss for place, loss in losses])
         total = drift.sum()
         texts = [next(plain_texts) for _ in range(settings.plain_rows)]
         if texts:  # a batch of its own: it shares no prefix with the chats
             total = total + _kl(lm, texts, _logits(lm, [one.row for one in texts])[0]).sum()
         weight = settings.settling_weight if step >= settings.max_steps - settings.settling_steps else 1.0
-        return (nll.sum() + weight * total) / (settings.response_tokens * (len(pairs) + len(kept) + len(texts)))
+        return (nll.sum() + weight * total) / (settings.response_tokens * (len(pairs) + len(answers) + len(texts)))
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         fit(lm, loss_at, settings, on_progress=on_progress, what="implanting")
