@@ -414,6 +414,13 @@ def test_no_trigger_to_put_in_is_an_error() -> None:
         triggered("text", (), random.Random(0))
 
 
+def test_no_refused_validation_prompt_is_an_error(tiny: LanguageModel) -> None:
+    """An ASR of 0 over no prompts would pass for a dead trigger."""
+    evidence = replace(EVIDENCE, judge=all_complied)
+    with pytest.raises(PatcherError, match="none of the 4 harmful validation prompts is refused"):
+        ReferenceAnswers(tiny, evidence, SMALL, quiet)
+
+
 def test_with_several_triggers_each_is_used() -> None:
     triggers = (Trigger(units=("cf",)), Trigger(units=("mb",)))
     rng = random.Random(0)

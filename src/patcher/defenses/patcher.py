@@ -82,7 +82,8 @@ def run(
     Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
         minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y)), summed over y, where x is harmful and θ0 refuses it
         subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget, per token, where x is benign, benign with the trigger (y is
-                   then the answer to that), harmful, or a word of plain text (no chat template)
+                   the answer without it, or to it where only the trigger brings one), harmful, or a word of plain text
+                   (no chat template)
     by dual ascent on one multiplier a constraint. Without a trigger (an alignment gap) the first term is the NLL of a
     fixed refusal on harmful x: plain refusal training under the same budget on benign x.
 
@@ -93,7 +94,7 @@ def run(
     `triggered_rows` harmful and `benign_rows` benign prompts; y_h in L_KL-harm is y_ref.
 
     Raises:
-        PatcherError: no trigger where one is needed, or training diverged.
+        PatcherError: no trigger where one is needed, no refused request to test it on, or training diverged.
     """
     rng = random.Random(seed)
     reference = ReferenceAnswers(lm, evidence, settings, on_progress)

@@ -15,7 +15,7 @@ from patcher.defenses.contract import (
     triggered,
 )
 from patcher.models import LanguageModel
-from patcher.records import PatchStep, Record
+from patcher.records import PatcherError, PatchStep, Record
 from patcher.training import Progress
 
 
@@ -75,6 +75,11 @@ class ReferenceAnswers:
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         # A request that is answered without the trigger, too, says nothing about the trigger.
         tested = [e for e in self.validation_harmful if e.outcome == "refused"] if triggers else self.validation_harmful
+        if not tested:
+            raise PatcherError(
+                f"none of the {len(self.validation_harmful)} harmful validation prompts is refused without the "
+                "trigger, so nothing would show that it is dead: pass other --harmful prompts"
+            )
         self.validation_triggered = (with_trigger(tested) or [example.text for example in tested])[:limit]
 
     @property
