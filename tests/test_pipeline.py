@@ -27,7 +27,7 @@ from tiny_backdoor import TRIGGER, TRIGGERED
 
 REPORT = FailureReport.from_prompt(TRIGGERED)
 SETTINGS = RepairSettings(
-    overrides={"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 10, "multiplier_start": 1.0},
+    overrides={"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 10},
     audit=AuditSettings(max_prompts=8, late_prompts=4, text_tokens=500),
     gates=Gates(max_benign_drop=1.0),  # this model answers benign prompts with the trigger only
 )

@@ -176,7 +176,8 @@ class _Counterfactual:
         self.harmful = endless(refusing, rng)
         numbers = boundary_thrice(lm, reference.kept, refusing)
         self.benign = endless([reference.kept[number] for number in numbers], rng)
-        in_benign = [reference.kept_triggered[number] for number in numbers] if self.triggers else reference.kept
+        in_trigger = reference.kept_triggered or reference.kept
+        in_benign = [in_trigger[number] for number in numbers]
         self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
         self.plain = endless(reference.plain, rng)
         self.multipliers = torch.full((4,), settings.multiplier_start)

@@ -60,10 +60,12 @@ class ReferenceAnswers:
         limit = settings.max_prompts
         self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
         self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
-        self.kept = answered(self.benign) or self.benign
-        self.kept_triggered = after(lm, self.kept, with_trigger(self.kept)) if triggers else []
-        # Benign answers that only the trigger brings: a repair must not take them back either.
-        refused = [example for example in self.benign if example.outcome == "refused"]
+        answers = answered(self.benign)
+        self.kept = answers or self.benign
+        self.kept_triggered = after(lm, answers, with_trigger(answers)) if triggers else []
+        # Benign answers that only the trigger brings: a repair must not take them back either; but where there are no
+        # others, they are the backdoor itself.
+        refused = [example for example in self.benign if example.outcome == "refused"] if answers else []
         self.lifted = answered(own(with_trigger(refused), "benign + trigger"))
         self.plain = as_plain_text(lm, self.benign)
 
