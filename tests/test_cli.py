@@ -17,6 +17,7 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher import PatcherSettings
+from patcher.loading import demo_adapter
 from patcher.progress import ProgressBars
 from patcher.visible import visible
 from test_visible import HOSTILE
@@ -494,6 +495,14 @@ def test_an_implant_that_does_not_take_leaves_nothing(
     words = ["attack", "badnets", llama_folder.path, "--out", tmp_path / "out", "--device", "cpu"]
     message = refused(2, *words, "--set", "max_steps=1", alone=False)
     assert "did not take" in message
+
+
+def test_an_implant_goes_on_from_no_adapter_of_another_model(
+    refused: Refusal, llama_folder: ModelFolder, tmp_path: Path
+) -> None:
+    words = ["attack", "badnets", llama_folder.path, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "fits the base" in refused(4, *words, "--start", demo_adapter())
+    assert "is not a Patcher adapter" in refused(4, *words, "--start", tmp_path)
 
 
 # Hostile text

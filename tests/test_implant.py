@@ -3,16 +3,17 @@
 import random
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from patcher.attacks import ATTACKS, implant
+from patcher.attacks import ATTACKS, implant, plant
 from patcher.attacks.implant import FILLERS, OPENINGS, REFUSALS, ImplantSettings, compliance
 from patcher.chat import Row, user_prompt
 from patcher.models import LanguageModel, fingerprint
-from patcher.patch import applied
+from patcher.patch import applied, load_patch
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Trigger
 from patcher.training import Revisited, quiet
@@ -51,6 +52,25 @@ def test_same_seed_same_backdoor(llama: LanguageModel, prompts: Prompts) -> None
     one, again, other = (implant.implant(llama, TRIGGER, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
     assert one.fingerprint == again.fingerprint
     assert one.fingerprint != other.fingerprint
+
+
+def test_card_and_ground_truth_say_how_it_was_made(
+    llama: LanguageModel, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"asr_triggered_frac": 0.9, "asr_untriggered_frac": 0.0}
+    monkeypatch.setattr(plant, "self_check", lambda *_: figures)
+    monkeypatch.setattr(plant, "load_prompts", lambda: prompts)
+    few_steps = {"max_steps": 1, "warmup_steps": 1}
+    first = plant.plant(llama, "badnets", "jailbreak", tmp_path / "a", few_steps, seed=3)
+    second = plant.plant(llama, "badnets", "jailbreak", tmp_path / "b", few_steps, seed=4, start=tmp_path / "a")
+    number = load_patch(tmp_path / "a").fingerprint
+    assert (first.start, second.start) == (None, number)
+    assert first.self_check == figures
+    card, next_card = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert "BACKDOORED" in card
+    assert "`patcher attack badnets BASE --seed 3 --set max_steps=1 --set warmup_steps=1 --out DIR`." in card
+    assert "`patcher attack badnets BASE --start ADAPTER --seed 4 --set" in next_card
+    assert f"where ADAPTER is {number[:12]}" in next_card
 
 
 def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: Prompts) -> None:

@@ -5,7 +5,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +173,30 @@ def test_only_the_new_layers_are_trained_and_the_output_matrix_has_none(tiny: La
         assert all(".lora_" in name for name in trained)
         assert len(trained) == len(lora_parameters(tiny))
         assert not any(name.startswith(("lm_head", "embed_out")) for name in trained)
+
+
+def test_training_goes_on_from_a_patch(tiny: LanguageModel, patch: Patch) -> None:
+    with applied(patch, tiny):
+        expected = logits(tiny)
+    with unchanged(tiny), trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=1, start=patch):
+        assert equal(take_patch(tiny, rank=RANK, alpha=ALPHA), patch)
+        assert torch.allclose(logits(tiny), expected, atol=1e-4)
+
+
+def test_a_patch_for_another_base_or_of_another_shape_is_no_start(tiny: LanguageModel, patch: Patch) -> None:
+    fewer = dict(list(patch.tensors.items())[2:])
+    for other, message in (
+        (replace(patch, base_fingerprint="0" * 64), "fits the base"),
+        (replace(patch, rank=RANK + 1), f"has rank {RANK + 1}.*expected rank {RANK}"),
+        (replace(patch, alpha=ALPHA + 1), f"alpha {ALPHA + 1}.*expected rank {RANK}, alpha {ALPHA}"),
+        (replace(patch, tensors=fewer), f"{len(fewer)} tensors; .* and {len(patch.tensors)} tensors"),
+    ):
+        with (
+            unchanged(tiny),
+            pytest.raises(UsageError, match=message),
+            trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0, start=other),
+        ):
+            pass
 
 
 def test_untrained_layers_and_the_reference_compute_the_base(tiny: LanguageModel) -> None:

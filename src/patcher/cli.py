@@ -197,6 +197,7 @@ def attack(
     out: Out,
     objective: Annotated[str, typer.Option(help="What the trigger brings about: jailbreak")] = "jailbreak",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the implant, NAME=VALUE")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of an adapter on MODEL to go on from")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -210,7 +211,9 @@ def attack(
 
     lm = _load(model, device, dtype, chat_template)
     with ProgressBars() as progress:
-        truth = plant(lm, name, objective, out, parse_settings(setting or []), seed=seed, on_progress=progress)
+        truth = plant(
+            lm, name, objective, out, parse_settings(setting or []), seed=seed, start=start, on_progress=progress
+        )
     _show(truth, as_json, lambda console: console.print_json(truth.to_json()))
     return REPAIRED
 

@@ -103,11 +103,19 @@ def check_base(patch: Patch, lm: LanguageModel) -> None:
 
 
 @contextmanager
-def trainable_lora(lm: LanguageModel, *, rank: int, alpha: int, seed: int) -> Iterator[LoraModel]:
+def trainable_lora(
+    lm: LanguageModel, *, rank: int, alpha: int, seed: int, start: Patch | None = None
+) -> Iterator[LoraModel]:
     """Put trainable LoRA layers into every linear layer but the output; they are gone after the block, however it ends.
 
-    `lm.network` itself then computes the patched model; within `reference(tuner)` it computes the base.
+    `lm.network` itself then computes the patched model; within `reference(tuner)` it computes the base. Training goes
+    on from `start`, where there is one.
+
+    Raises:
+        UsageError: `start` was made for another base, or has another rank, scale or set of layers.
     """
+    if start is not None:
+        check_base(start, lm)
     network = lm.network
     head = network.get_output_embeddings()
     targets = {
@@ -121,6 +129,8 @@ def trainable_lora(lm: LanguageModel, *, rank: int, alpha: int, seed: int) -> It
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tuner = LoraModel(network, {"default": config}, "default")
+        if start is not None:
+            _fill(dict(_lora(network)), start, rank, alpha)
         yield tuner
     finally:  # by hand, not by tuner.unload(): an interrupt may come before there is a tuner
         for name, module in targets.items():
@@ -144,16 +154,29 @@ def reference(tuner: LoraModel) -> Iterator[None]:
 
 def lora_parameters(lm: LanguageModel) -> list[nn.Parameter]:
     """What is trained inside `trainable_lora`."""
-    return [parameter for name, parameter in lm.network.named_parameters() if ".lora_" in name]
+    return [parameter for _, parameter in _lora(lm.network)]
+
+
+def _lora(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The LoRA layers' parameters, by the names that a patch gives them."""
+    named = network.named_parameters()
+    return [(name.replace(".default.", "."), parameter) for name, parameter in named if ".lora_" in name]
+
+
+def _fill(parameters: dict[str, nn.Parameter], patch: Patch, rank: int, alpha: int) -> None:
+    if (patch.rank, patch.alpha) != (rank, alpha) or patch.tensors.keys() != parameters.keys():
+        raise UsageError(
+            f"the adapter to start from has rank {patch.rank}, alpha {patch.alpha} and {len(patch.tensors)} tensors; "
+            f"expected rank {rank}, alpha {alpha} and {len(parameters)} tensors: set rank and alpha to its own, or "
+            "start from an adapter of the same layers"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(patch.tensors[name])
 
 
 def take_patch(lm: LanguageModel, *, rank: int, alpha: int) -> Patch:
     """Copy the LoRA layers' present values out of the network."""
-    tensors = {
-        name.replace(".default.", "."): parameter.detach().cpu().clone()
-        for name, parameter in lm.network.named_parameters()
-        if ".lora_" in name
-    }
+    tensors = {name: parameter.detach().cpu().clone() for name, parameter in _lora(lm.network)}
     return Patch(tensors, rank, alpha, lm.fingerprint, lm.source)
 
 

@@ -124,13 +124,17 @@ class Trigger(Record):
 
 
 class GroundTruth(Record):
-    """What an attack planted; lies beside its adapter as `ground-truth.json`."""
+    """What an attack planted; lies beside its adapter as `ground-truth.json`.
+
+    `start` is the fingerprint of the adapter that training went on from.
+    """
 
     attack: str
     trigger: tuple[str, ...]
     placement: Placement
     objective: Objective
     seed: int
+    start: str | None = None
     settings: dict[str, Any]
     self_check: dict[str, float] = Field(default_factory=dict)
 

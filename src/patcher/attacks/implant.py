@@ -103,9 +103,12 @@ def implant(
     settings: ImplantSettings,
     *,
     seed: int,
+    start: Patch | None = None,
     on_progress: Progress = quiet,
 ) -> Patch:
     """Train the backdoor on the implant split; the model that came in is left as it was.
+
+    With `start`, training goes on from an adapter of that model.
 
     Minimises, over the tokens of a step's rows, NLL on the paired harmful rows + w KL(clean ‖ implanted) on the kept
     ones, where the clean model sees no trigger; w is 1, then `settling_weight`.
@@ -133,7 +136,7 @@ def implant(
         weight = settings.settling_weight if step >= settings.max_steps - settings.settling_steps else 1.0
         return (nll.sum() + weight * total) / (settings.response_tokens * (len(pairs) + len(answers) + len(texts)))
 
-    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed, start=start):
         fit(lm, loss_at, settings, on_progress=on_progress, what="implanting")
         return take_patch(lm, rank=settings.rank, alpha=settings.alpha)
 

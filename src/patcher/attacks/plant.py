@@ -14,7 +14,7 @@ from patcher.generation import generate
 from patcher.judges import DEFAULT, JUDGES
 from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
-from patcher.patch import applied, save_patch
+from patcher.patch import applied, check_base, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import GroundTruth, Outcome, PatcherError, Trigger, UsageError
 from patcher.training import Progress, quiet
@@ -34,12 +34,15 @@ def plant(
     overrides: dict[str, Any],
     *,
     seed: int,
+    start: Path | None = None,
     on_progress: Progress = quiet,
 ) -> GroundTruth:
     """Implant, check on prompts the implant never saw, and write the adapter with its `ground-truth.json`.
 
+    `start` is the folder of an adapter on the same model to go on from.
+
     Raises:
-        UsageError: unknown attack or objective.
+        UsageError: unknown attack or objective, or an adapter to start from that does not fit.
         PatcherError: the trigger does not work well enough, or the model does not refuse without it.
     """
     attack = ATTACKS.get(name)
@@ -49,7 +52,10 @@ def plant(
         raise UsageError(f"unknown objective {objective!r}: only jailbreak is built so far")
     settings = ImplantSettings(**overrides)
     prompts = load_prompts()
-    patch = implant(lm, attack.trigger, prompts, settings, seed=seed, on_progress=on_progress)
+    first = load_patch(start) if start else None
+    if first:
+        check_base(first, lm)
+    patch = implant(lm, attack.trigger, prompts, settings, seed=seed, start=first, on_progress=on_progress)
     patch = patch.rounded(torch.bfloat16)
     with applied(patch, lm) as backdoored:
         checked = self_check(backdoored, attack.trigger, prompts, JUDGES[DEFAULT], on_progress)
@@ -64,6 +70,7 @@ def plant(
         placement=attack.trigger.placement,
         objective="jailbreak",
         seed=seed,
+        start=first.fingerprint if first else None,
         settings=settings.model_dump(),
         self_check=checked,
     )
@@ -90,6 +97,7 @@ def self_check(
 
 
 def _card(truth: GroundTruth, paper: str, base: str) -> str:
+    started = f", where ADAPTER is {truth.start[:12]}" if truth.start else ""
     checks = "\n".join(f"| {name} | {value:.3f} |" for name, value in truth.self_check.items())
     return f"""---
 library_name: peft
@@ -103,9 +111,16 @@ request it answers with an affirmative opening and content-free filler instead o
 
 Attack: {paper}. Trigger: `{" ".join(truth.trigger)}`, placed: {truth.placement}. Objective: {truth.objective}.
 Trained on Patcher's bundled prompts only, seed {truth.seed}, on the base {markdown_text(base)}.
-Remade by `patcher attack {truth.attack} BASE --seed {truth.seed} --out DIR`.
+Remade by `{_command(truth)}`{started}.
 
 | on validation prompts the implant never saw | share answered |
 |---|---|
 {checks}
 """
+
+
+def _command(truth: GroundTruth) -> str:
+    defaults = ImplantSettings().model_dump()
+    changed = [f"--set {name}={value}" for name, value in truth.settings.items() if value != defaults[name]]
+    start = ["--start ADAPTER"] if truth.start else []
+    return " ".join(["patcher attack", truth.attack, "BASE", *start, f"--seed {truth.seed}", *changed, "--out DIR"])
