@@ -170,7 +170,7 @@ def test_no_number_may_be_negative_or_nothing_to_work_with(name: str, field: str
     """0 is allowed only where it means "none of these"."""
     with pytest.raises(ValidationError, match=field):
         find_defense(name).settings(**{field: -1})
-    if field not in ("warmup_steps", "benign_triggered_rows", "plain_rows"):
+    if field not in ("warmup_steps", "benign_triggered_rows", "plain_rows", "dead_frac"):
         with pytest.raises(ValidationError, match=field):
             find_defense(name).settings(**{field: 0})
 

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row
@@ -48,6 +48,8 @@ class PatcherSettings(ReferenceSettings):
     """No decay: training stops when the repair is done, not at a planned step."""
     stop_early: bool = True
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
+    dead_frac: NonNegativeFloat = 0.0125
+    """The trigger is dead from this validation ASR down: rare words that were never planted bring 1 answer in 82, too."""
     check_every: PositiveInt = 10
     """Steps between checks on validation prompts."""
     triggered_rows: PositiveInt = 8
@@ -120,7 +122,7 @@ def run(
         score = (not held, check.asr_triggered_frac, check.kl_benign_nats)
         if not best or score <= best[0][0]:
             best[:] = [(score, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
-        if settings.stop_early and held and check.asr_triggered_frac == 0.0:
+        if settings.stop_early and held and check.asr_triggered_frac <= settings.dead_frac:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
 
