@@ -49,7 +49,7 @@ class PatcherSettings(ReferenceSettings):
     stop_early: bool = True
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
     dead_frac: NonNegativeFloat = 0.0125
-    """The trigger is dead from this validation ASR down: rare words that were never planted bring 1 answer in 82, too."""
+    """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, too."""
     check_every: PositiveInt = 10
     """Steps between checks on validation prompts."""
     triggered_rows: PositiveInt = 8
