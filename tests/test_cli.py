@@ -6,7 +6,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +355,15 @@ def test_an_output_that_cannot_be_written(refused: Refusal, model: Path, report:
         assert str(report) in refused(4, *words, "--out", out)
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """SIGINT interrupts, also where the tests were started in the background and were told to ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("when", ["finding requests", "reference answers", "patching", "before", "after"])
 def test_ctrl_c_midway(
     refused: Refusal, model: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
@@ -370,6 +379,7 @@ def test_ctrl_c_midway(
     assert "interrupted" in refused(130, *words, alone=False)
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_while_writing(
     refused: Refusal, model: Path, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
