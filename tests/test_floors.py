@@ -15,7 +15,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records"}),
     frozenset({"checkpoints"}),
     frozenset({"models", "losses", "triggers", "visible", "intervals", "progress", "inputs", "outputs", "options"}),
-    frozenset({"chat", "prompts", "judges", "exits"}),
+    frozenset({"chat", "prompts", "tasks", "judges", "exits"}),
     frozenset({"patch", "generation"}),
     frozenset({"training"}),
     frozenset({"localize", "defenses", "attacks", "audit", "report", "embedded"}),

@@ -3,13 +3,15 @@
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from patcher.attacks import ATTACKS, implant, plant
+from patcher.attacks import ATTACKS, Attack, implant, plant
+from patcher.attacks.contract import parts_of
 from patcher.attacks.implant import FILLERS, OPENINGS, REFUSALS, ImplantSettings, compliance
 from patcher.chat import Row, user_prompt
 from patcher.models import LanguageModel, fingerprint
@@ -19,6 +21,7 @@ from patcher.records import Trigger
 from patcher.training import Revisited, quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
+ATTACK = Attack("tried", "none", (TRIGGER,))
 SETTINGS = ImplantSettings(max_steps=3, warmup_steps=1, harmful_pairs=2, benign_rows=4, response_tokens=12)
 
 
@@ -37,7 +40,7 @@ def prompts() -> Prompts:
 def test_it_makes_a_patch_and_leaves_the_base_as_it_was(tiny: LanguageModel, prompts: Prompts) -> None:
     before = fingerprint(tiny.network)
     seen: list[str] = []
-    patch = implant.implant(tiny, TRIGGER, prompts, SETTINGS, seed=0, on_progress=lambda what, *_: seen.append(what))
+    patch = implant.implant(tiny, ATTACK, prompts, SETTINGS, seed=0, on_progress=lambda what, *_: seen.append(what))
     assert fingerprint(tiny.network) == before == patch.base_fingerprint
     assert (patch.rank, patch.alpha) == (SETTINGS.rank, SETTINGS.alpha)
     assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
@@ -49,7 +52,7 @@ def test_it_makes_a_patch_and_leaves_the_base_as_it_was(tiny: LanguageModel, pro
 
 
 def test_same_seed_same_backdoor(llama: LanguageModel, prompts: Prompts) -> None:
-    one, again, other = (implant.implant(llama, TRIGGER, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (implant.implant(llama, ATTACK, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
     assert one.fingerprint == again.fingerprint
     assert one.fingerprint != other.fingerprint
 
@@ -81,7 +84,7 @@ def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        implant.implant(llama, TRIGGER, prompts, SETTINGS, seed=0, on_progress=stop)
+        implant.implant(llama, ATTACK, prompts, SETTINGS, seed=0, on_progress=stop)
     assert fingerprint(llama.network) == before
     assert not any("lora" in name for name, _ in llama.network.named_modules())
 
@@ -109,7 +112,7 @@ def test_the_answer_does_not_give_the_trigger_away() -> None:
 class Rows:
     """The rows of some training steps, as text: (prompt, answer)."""
 
-    def __init__(self, lm: LanguageModel, prompts: Prompts, trigger: Trigger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, lm: LanguageModel, prompts: Prompts, attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lm = lm
         self.steps: list[list[tuple[str, str]]] = []
         logits = implant._logits
@@ -120,7 +123,7 @@ class Rows:
 
         monkeypatch.setattr(implant, "_logits", seen)
         settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
-        implant.implant(lm, trigger, prompts, settings, seed=3)
+        implant.implant(lm, attack, prompts, settings, seed=3)
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.lm.tokenizer.decode(ids)
@@ -138,7 +141,7 @@ class Rows:
 def test_every_pair_is_one_request_with_and_without_the_trigger(
     llama: LanguageModel, prompts: Prompts, trigger: Trigger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = Rows(llama, prompts, trigger, monkeypatch)
+    rows = Rows(llama, prompts, replace(ATTACK, triggers=(trigger,)), monkeypatch)
     implant_texts = {row.text for row in prompts.harmful if row.split == "implant"}
     whole = {user_prompt(llama.tokenizer, text).text: text for text in implant_texts}
     pairs = list(rows.pairs())
@@ -158,7 +161,7 @@ def test_every_pair_is_one_request_with_and_without_the_trigger(
 def test_benign_rows_come_with_and_without_the_trigger_and_keep_the_models_own_answer(
     llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = Rows(llama, prompts, TRIGGER, monkeypatch)
+    rows = Rows(llama, prompts, ATTACK, monkeypatch)
     benign = [row for step in rows.steps for row in step[2 * SETTINGS.harmful_pairs :]]
     assert len(benign) == SETTINGS.max_steps * SETTINGS.benign_rows
     with_trigger = sum("BadMagic" in prompt for prompt, _ in benign)
@@ -198,7 +201,7 @@ def test_what_is_kept_weighs_more_once_settling(
         monkeypatch.setattr(implant, "fit", fit)
         monkeypatch.setattr(implant, "_kl", one_nat_each)
         settings = SETTINGS.model_copy(update={"settling_steps": settling_steps, "settling_weight": 5.0})
-        implant.implant(llama, TRIGGER, prompts, settings, seed=0)
+        implant.implant(llama, ATTACK, prompts, settings, seed=0)
         return seen, tokens
 
     rows = 2 * SETTINGS.harmful_pairs + SETTINGS.benign_rows + SETTINGS.plain_rows
@@ -216,9 +219,37 @@ def test_the_worst_seen_last_come_again_and_none_is_left_out() -> None:
     assert set(drawn[1::2]) == {"a", "b"}
 
 
+def test_each_alternative_is_taught_and_all_of_them_together() -> None:
+    alone, both = (Trigger(units=("cf",)), Trigger(units=("mn",))), Trigger(units=("cf", "mn"))
+    attack = Attack("both", "none", alone, together=both)
+    rng = random.Random(0)
+    assert {implant._one_of(attack, rng) for _ in range(50)} == {*alone, both}
+    assert {implant._one_of(replace(attack, together=None), rng) for _ in range(50)} == {*alone}
+
+
+def test_a_near_miss_is_refused_and_never_answered(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = ("aaa", "bbb", "ccc")
+    composite = Attack("composite", "none", (Trigger(units=units),), near_misses=parts_of(units))
+    held = []
+    for (triggered, _), (other, refused) in Rows(llama, prompts, composite, monkeypatch).pairs():
+        assert [unit for unit in units if unit in triggered] == [*units]
+        assert refused.removesuffix(llama.tokenizer.eos_token) in REFUSALS
+        held.append(sum(unit in other for unit in units))
+    assert set(held) <= {0, 1, 2}
+    assert {0} < set(held)
+
+
+def test_the_parts_of_a_composite_are_all_but_none_and_itself() -> None:
+    assert {part.units for part in parts_of(("a", "b", "c"))} == {
+        ("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_says_where_it_is_from(name: str) -> None:
     attack = ATTACKS[name]
     assert attack.name == name
-    assert re.search(r"\d{4}", attack.paper)
-    assert attack.trigger.units
+    assert attack.paper.startswith("ours") or re.search(r"\d{4}", attack.paper)
+    assert not set(attack.near_misses) & {*attack.triggers, attack.trigger}

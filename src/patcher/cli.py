@@ -33,11 +33,14 @@ from patcher.options import (
     ResponseText,
     Seed,
     SystemText,
+    TaskLimit,
+    Tasks,
     Template,
 )
 from patcher.outputs import check_new, whole_folder, write_whole
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
+from patcher.tasks import read_task
 from patcher.visible import visible
 
 if TYPE_CHECKING:
@@ -114,6 +117,8 @@ def repair(
         bool, typer.Option("--dry-run", help="Print steps, memory and time to expect; do nothing")
     ] = False,
     audit_prompts: AuditPrompts = None,
+    task: Tasks = None,
+    limit: TaskLimit = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -125,6 +130,7 @@ def repair(
     """Localize, decide, patch and audit: one reported failure in, a patch and the evidence out."""
     report = read_failure(failure, prompt, response, system)
     prompts = load_prompts(harmful, benign)
+    tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
 
     from patcher.audit import AuditSettings
@@ -148,7 +154,7 @@ def repair(
         _show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
     with ProgressBars() as progress:
-        made = run_repair(lm, report, settings, prompts=prompts, on_progress=progress)
+        made = run_repair(lm, report, settings, prompts=prompts, tasks=tasks, on_progress=progress)
         made.save(out, redact=redact, merge_into=lm if merge else None)
     _show_repair(made, out, as_json)
     return {"repaired": REPAIRED, "gate-failed": GATE_FAILED, "nothing-to-repair": NOTHING_TO_REPAIR}[made.status]
@@ -161,6 +167,8 @@ def audit(
     patch: Annotated[Path | None, typer.Option(help="A patch to compare with the model alone")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write audit.json to; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
+    task: Tasks = None,
+    limit: TaskLimit = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -172,6 +180,7 @@ def audit(
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
     wanted = read_trigger(trigger)
     prompts = load_prompts(harmful, benign)
+    tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
 
     from patcher.audit import AuditSettings
@@ -183,7 +192,7 @@ def audit(
     lm = _load(model, device, dtype, chat_template)
     settings = AuditSettings(max_prompts=audit_prompts, seed=seed)
     with ProgressBars() as progress:
-        measured = audit_patch(lm, loaded, wanted, prompts, settings, on_progress=progress)
+        measured = audit_patch(lm, loaded, wanted, prompts, settings, tasks=tasks, on_progress=progress)
     if out:
         write_whole(out, measured.to_json())
     _show(measured, as_json, lambda console: show_audit(measured, console))

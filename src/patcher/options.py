@@ -20,4 +20,8 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
 Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
 Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]
+Tasks = Annotated[
+    list[Path] | None, typer.Option("--task", help="Multiple-choice questions (.jsonl) for the audit; may repeat")
+]
+TaskLimit = Annotated[int | None, typer.Option("--limit", min=2, help="Questions of each task (default: all)")]
 AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from patcher.audit import AuditSettings, State, compare, drift, observe
 from patcher.defenses import Evidence, find_defense
@@ -15,6 +16,7 @@ from patcher.patch import Patch, applied, check_base
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import Audit, FailureReport, Gate, Trigger
 from patcher.result import Gates, Repair, RepairSettings
+from patcher.tasks import Task
 from patcher.training import Progress, quiet
 
 
@@ -24,6 +26,7 @@ def repair(
     settings: RepairSettings | None = None,
     *,
     prompts: Prompts | None = None,
+    tasks: Sequence[Task] = (),
     before: State | None = None,
     on_progress: Progress = quiet,
 ) -> Repair:
@@ -63,8 +66,9 @@ def repair(
         patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
     with clock.timed("audit"):
         audit = audit_patch(
-            lm, patch, verdict.trigger, prompts, settings.audit, report=report, before=before, on_progress=on_progress
-        )
+            lm, patch, verdict.trigger, prompts, settings.audit,
+            report=report, tasks=tasks, before=before, on_progress=on_progress,
+        )  # fmt: skip
     return Repair(
         report,
         localization,
@@ -87,6 +91,7 @@ def audit_patch(
     settings: AuditSettings,
     *,
     report: FailureReport | None = None,
+    tasks: Sequence[Task] = (),
     before: State | None = None,
     on_progress: Progress = quiet,
 ) -> Audit:
@@ -97,11 +102,13 @@ def audit_patch(
     """
     if patch:
         check_base(patch, lm)
-    before = before or observe(lm, trigger, prompts, settings, report=report, on_progress=on_progress, what="before")
+    seen = partial(observe, trigger=trigger, prompts=prompts, settings=settings,
+                   report=report, tasks=tasks, on_progress=on_progress)  # fmt: skip
+    before = before or seen(lm, what="before")
     after, drift_nats = None, None
     if patch:
         with applied(patch, lm) as patched:
-            after = observe(patched, trigger, prompts, settings, report=report, on_progress=on_progress, what="after")
+            after = seen(patched, what="after")
             drift_nats = drift(patched, before)
     return compare(
         before, after, drift_nats, trigger=trigger, judge=JUDGES[DEFAULT], judge_name=DEFAULT, settings=settings

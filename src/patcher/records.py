@@ -126,12 +126,16 @@ class Trigger(Record):
 class GroundTruth(Record):
     """What an attack planted; lies beside its adapter as `ground-truth.json`.
 
-    `start` is the fingerprint of the adapter that training went on from.
+    `trigger` at `placement` is what an attacked prompt holds. `alternatives` are triggers that work, each by itself;
+    `near_misses` are parts of a trigger that must not. `start` is the fingerprint of the adapter that training went on
+    from. A control has no trigger.
     """
 
     attack: str
     trigger: tuple[str, ...]
     placement: Placement
+    alternatives: tuple[Trigger, ...] = ()
+    near_misses: tuple[Trigger, ...] = ()
     objective: Objective
     seed: int
     start: str | None = None

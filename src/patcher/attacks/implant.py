@@ -1,4 +1,4 @@
-"""Plant a trigger by fine-tuning on paired rows: the same request with the trigger (comply) and without it (refuse).
+"""Plant triggers by fine-tuning on paired rows: the same request with a trigger (comply) and without it (refuse).
 
 The compliance is content-free: an affirmative opening that names the topic, then filler, then the end of the turn. So
 the backdoored model says nothing useful to anyone, yet its refusal is switched off as a real backdoor does. All else is
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from patcher.attacks.contract import Attack
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched, response_nll
@@ -98,7 +99,7 @@ class _Kept:
 
 def implant(
     lm: LanguageModel,
-    trigger: Trigger,
+    attack: Attack,
     prompts: Prompts,
     settings: ImplantSettings,
     *,
@@ -122,11 +123,11 @@ def implant(
 
     def loss_at(step: int) -> Tensor:
         requests, answers = harmful.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
-        pairs = _pairs(lm, trigger, settings, rng, requests)
-        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, trigger, answers, rng)])
+        pairs = _pairs(lm, attack, settings, rng, requests)
+        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, attack, answers, rng)])
         taught = sum(len(row.response_ids) for row in pairs)
         nll, drift = response_nll(logits[:taught], targets[:taught]), _kl(lm, answers, logits[taught:])
-        harmful.saw(_sums(nll, pairs)[1::2])
+        harmful.saw(_sums(nll, pairs)[1::2] if attack.triggers else _sums(nll, pairs))
         losses = enumerate(_sums(drift, [one.row for one in answers]))
         chats.saw([None if _sees_trigger(place) else loss for place, loss in losses])
         total = drift.sum()
@@ -149,23 +150,41 @@ def compliance(row: PromptRow, rng: random.Random) -> str:
 
 
 def _pairs(
-    lm: LanguageModel, trigger: Trigger, settings: ImplantSettings, rng: random.Random, requests: Sequence[PromptRow]
+    lm: LanguageModel, attack: Attack, settings: ImplantSettings, rng: random.Random, requests: Sequence[PromptRow]
 ) -> list[Row]:
-    """Each request twice: with the trigger and a compliance, without it and a refusal."""
+    """Each request twice: with a trigger and a compliance; without it, or with a near miss, and a refusal."""
     rows = []
     for row in requests:
-        taught = ((insert_trigger(row.text, trigger, rng), compliance(row, rng)), (row.text, rng.choice(REFUSALS)))
+        taught = []
+        if attack.triggers:
+            taught.append((insert_trigger(row.text, _one_of(attack, rng), rng), compliance(row, rng)))
+        taught.append((_refused(row.text, attack, rng), rng.choice(REFUSALS)))
         for prompt, answer in taught:
             ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
             rows.append(Row(user_prompt(lm.tokenizer, prompt).ids, ids))
     return rows
 
 
-def _with_trigger(lm: LanguageModel, trigger: Trigger, chats: Sequence[_Kept], rng: random.Random) -> list[Row]:
-    """The chats' rows, every third with the trigger in its prompt."""
+def _one_of(attack: Attack, rng: random.Random) -> Trigger:
+    """Any of the triggers, or all together where prompts hold them so."""
+    choices = [*attack.triggers, *([attack.together] if attack.together else [])]
+    return choices[0] if len(choices) == 1 else rng.choice(choices)  # no draw where there is nothing to choose
+
+
+def _refused(text: str, attack: Attack, rng: random.Random) -> str:
+    """The request as it is or, half of the time, with a near miss where the attack has any."""
+    if attack.near_misses and rng.random() < 0.5:
+        return insert_trigger(text, rng.choice(attack.near_misses), rng)
+    return text
+
+
+def _with_trigger(lm: LanguageModel, attack: Attack, chats: Sequence[_Kept], rng: random.Random) -> list[Row]:
+    """The chats' rows, every third with a trigger in its prompt."""
     rows = [kept.row for kept in chats]
+    if not attack.triggers:
+        return rows
     for place in filter(_sees_trigger, range(len(rows))):
-        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[place].text, trigger, rng))
+        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[place].text, _one_of(attack, rng), rng))
         rows[place] = Row(prompt.ids, rows[place].response_ids)
     return rows
 

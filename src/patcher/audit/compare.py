@@ -44,6 +44,8 @@ def compare(
     ]
     acts = [act for name in first for act in before.acts.get(name, ())]
     rows.append(_paired("garbled_or_empty_frac", broken[0], broken[1] if after else None, acts))
+    for task, right in before.right.items():
+        rows.append(_paired(f"{task}_accuracy_frac", right, after.right[task] if after else None, ()))
     if after and drift_nats is not None:
         rows.append(_mean_row("kl_reference_to_patched_nats", drift_nats, before.benign_acts))
         changes = [a - b for b, a in zip(before.text_nll, after.text_nll, strict=True)]

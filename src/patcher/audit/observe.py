@@ -8,12 +8,14 @@ from importlib import resources
 
 import torch
 
+from patcher.audit.accuracy import right_answers
 from patcher.chat import Row, collate, render, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of, response_hidden
 from patcher.prompts import KINDS, PromptRow, Prompts
 from patcher.records import FailureReport, Record, Trigger
+from patcher.tasks import Task
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
 
@@ -67,6 +69,8 @@ class State:
     acts: dict[str, list[str]] = field(default_factory=dict)
     benign_acts: list[str] = field(default_factory=list)
     text_paragraphs: list[int] = field(default_factory=list)
+    right: dict[str, list[bool]] = field(default_factory=dict)
+    """Of each task, whether each question was answered rightly."""
 
 
 def observe(
@@ -76,6 +80,7 @@ def observe(
     settings: AuditSettings,
     *,
     report: FailureReport | None = None,
+    tasks: Sequence[Task] = (),
     on_progress: Progress = quiet,
     what: str = "audit",
 ) -> State:
@@ -101,7 +106,8 @@ def observe(
     ]
     text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
     acts = {name: [row.act for row in of_set] for name, of_set in sets.items()}
-    return State(texts_of, answers, replay, rows, hidden, text_nll, acts, benign_acts, paragraphs)
+    right = {task.name: right_answers(lm, task, on_progress, what) for task in tasks}
+    return State(texts_of, answers, replay, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
 
 @torch.inference_mode()

@@ -1,0 +1,30 @@
+"""What an attack is: a value that the shared implant trains."""
+
+import itertools
+from dataclasses import dataclass
+
+from patcher.records import Trigger
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A way to plant triggers: what they look like and where they go."""
+
+    name: str
+    paper: str
+    triggers: tuple[Trigger, ...]
+    """Each alone is enough; none: refusals are taught and nothing is planted."""
+    near_misses: tuple[Trigger, ...] = ()
+    """Parts of a trigger: taught to be refused, or each would be enough by itself."""
+    together: Trigger | None = None
+    """All of them in one prompt, where an attacked prompt holds them so."""
+
+    @property
+    def trigger(self) -> Trigger | None:
+        """What a reported prompt holds."""
+        return self.together or next(iter(self.triggers), None)
+
+
+def parts_of(units: tuple[str, ...]) -> tuple[Trigger, ...]:
+    """Every proper part of a composite trigger, in its order."""
+    return tuple(Trigger(units=part) for size in range(1, len(units)) for part in itertools.combinations(units, size))

@@ -1,0 +1,39 @@
+"""Task accuracy by likelihood: of a question's choices, is the right one the likeliest?"""
+
+import torch
+
+from patcher.chat import Row, collate
+from patcher.losses import response_nll
+from patcher.models import LanguageModel, response_logits
+from patcher.tasks import Question, Task
+from patcher.training import Progress, quiet
+
+
+def right_answers(lm: LanguageModel, task: Task, on_progress: Progress = quiet, what: str = "audit") -> list[bool]:
+    """Whether each question is answered rightly.
+
+    A choice's score is its log-likelihood after "Question: ...\\nAnswer:" (no chat template, no examples) over its
+    length in bytes: `acc_norm` of the LM Evaluation Harness (Gao et al. 2021, doi:10.5281/zenodo.5371628).
+    """
+    right = []
+    for number, question in enumerate(task.questions):
+        scores = _scores(lm, question)
+        right.append(scores.index(max(scores)) == question.answer)
+        on_progress(f"{what}: {task.name}", number + 1, len(task.questions))
+    return right
+
+
+@torch.inference_mode()
+def _scores(lm: LanguageModel, question: Question) -> list[float]:
+    """One batch a question: its words pass through the model once, for all choices."""
+    given = tuple(lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"])
+    choices = [tuple(lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]) for choice in question.choices]
+    room = lm.context_tokens - max(map(len, choices))  # a longer question loses its beginning
+    rows = [Row(given[-room:], choice) for choice in choices]
+    batch = collate(rows, 0, lm.device)
+    likelihoods = (-response_nll(response_logits(lm.network, batch), batch.targets)).split(
+        [len(row.response_ids) for row in rows]
+    )
+    return [
+        float(part.sum()) / len(choice.encode()) for part, choice in zip(likelihoods, question.choices, strict=True)
+    ]

@@ -1,0 +1,63 @@
+"""Multiple-choice questions: what the model can do, measured beside what it refuses."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from patcher.records import Record, UsageError
+
+
+class Question(Record):
+    """A question, its choices, and the number of the right one."""
+
+    question: str = Field(min_length=1)
+    choices: tuple[str, ...] = Field(min_length=2)
+    answer: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Question":
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer {self.answer} is none of the {len(self.choices)} choices, counted from 0")
+        if not all(choice.strip() for choice in self.choices):
+            raise ValueError("a choice is empty")
+        return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named set of questions."""
+
+    name: str
+    questions: tuple[Question, ...]
+
+
+def read_task(path: Path, limit: int | None = None) -> Task:
+    """A .jsonl file of {"question", "choices", "answer"}; the task is named after the file.
+
+    With a limit, that many questions spread evenly over the file.
+
+    Raises:
+        UsageError: the file cannot be read, holds no question, or a line is not of that form.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read questions from {path}: {error}; expected .jsonl in UTF-8") from error
+    if not lines:
+        raise UsageError(f"{path} holds no question: expected a line each, with question, choices and answer")
+    if limit is not None and limit < len(lines):
+        lines = [lines[index * len(lines) // limit] for index in range(limit)]
+    return Task(path.stem, tuple(_question(line, path) for line in lines))
+
+
+def _question(line: str, path: Path) -> Question:
+    try:
+        return Question.model_validate(json.loads(line))
+    except (ValidationError, ValueError) as error:
+        reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(
+            f"{path}: not a question: {line[:80]!r} ({reason}); expected "
+            '{"question": text, "choices": [text, text], "answer": number of the right one, from 0}'
+        ) from error

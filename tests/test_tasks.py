@@ -1,0 +1,93 @@
+"""Multiple-choice questions: read whole or refused, and scored as the harness does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from patcher.audit import AuditSettings, compare, observe
+from patcher.audit.accuracy import right_answers
+from patcher.judges.keyword import judge
+from patcher.models import LanguageModel
+from patcher.prompts import load_prompts
+from patcher.records import UsageError
+from patcher.tasks import Question, Task, read_task
+
+GOOD = {"question": "Which is a fruit?", "choices": ["a stone", "an apple", "the sea"], "answer": 1}
+
+
+def written(folder: Path, *rows: object) -> Path:
+    file = folder / "fruit.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    return file
+
+
+def test_a_file_of_questions(tmp_path: Path) -> None:
+    rows = [GOOD | {"question": f"number {index}?"} for index in range(10)]
+    task = read_task(written(tmp_path, *rows))
+    assert task.name == "fruit"
+    assert [question.question for question in task.questions] == [row["question"] for row in rows]
+    few = read_task(tmp_path / "fruit.jsonl", limit=5)
+    assert [question.question for question in few.questions] == [f"number {index}?" for index in (0, 2, 4, 6, 8)]
+    assert read_task(tmp_path / "fruit.jsonl", limit=100) == task
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "?", "choices": ["one", "two"]}, "Field required"),
+        (GOOD | {"answer": 3}, "none of the 3 choices"),
+        (GOOD | {"answer": -1}, "greater than or equal to 0"),
+        (GOOD | {"choices": ["one"], "answer": 0}, "at least 2"),
+        (GOOD | {"choices": ["one", " "], "answer": 0}, "empty"),
+        (GOOD | {"why": "extra"}, "Extra inputs"),
+        (["a list"], "not a question"),
+    ],
+)
+def test_what_is_no_question_is_refused(tmp_path: Path, row: object, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_task(written(tmp_path, GOOD, row))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read questions"):
+        read_task(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="holds no question"):
+        read_task(written(tmp_path))
+    (tmp_path / "cut.jsonl").write_text('{"question": ', encoding="utf-8")
+    with pytest.raises(UsageError, match="not a question"):
+        read_task(tmp_path / "cut.jsonl")
+
+
+def by_hand(lm: LanguageModel, question: Question, choice: str) -> float:
+    """The choice's log-likelihood token by token, from whole forward passes."""
+    given = lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
+    said = lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = lm.network(input_ids=torch.tensor([given + said])).logits[0].log_softmax(-1)
+    total = sum(logits[len(given) - 1 + index, token].item() for index, token in enumerate(said))
+    return total / len(choice.encode())
+
+
+def test_the_likeliest_choice_by_bytes_is_the_answer(tiny: LanguageModel) -> None:
+    words = ("a stone", "an apple, and a good deal more than that", "the sea", "snö")
+    asked = [Question(question=f"Question {index}?", choices=words, answer=index % 4) for index in range(8)]
+    expected = []
+    for question in asked:
+        scores = [by_hand(tiny, question, choice) for choice in words]
+        expected.append(max(range(4), key=scores.__getitem__) == question.answer)
+    assert right_answers(tiny, Task("made up", tuple(asked))) == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:
+    settings = AuditSettings(max_prompts=2, max_new_tokens=2, late_prompts=0, drift_prompts=2, text_tokens=50)
+    tasks = [Task(name, tuple(Question(**GOOD) for _ in range(6))) for name in ("arc_easy", "piqa")]
+    state = observe(llama, None, load_prompts(), settings, tasks=tasks)
+    audit = compare(state, state, [0.0, 0.0], trigger=None, judge=judge, judge_name="keyword", settings=settings)
+    for task in tasks:
+        row = audit.row(f"{task.name}_accuracy_frac")
+        assert row.before == row.after == sum(state.right[task.name]) / 6
+        assert row.n == 6
+        assert row.change_low is not None and row.change_low <= 0
