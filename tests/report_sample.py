@@ -13,12 +13,14 @@ from patcher.records import (
     CausalTest,
     Counts,
     FailureReport,
+    Finding,
     Gate,
     Localization,
     Message,
     PatchLog,
     PatchStep,
     Quadrant,
+    Replay,
     Span,
     SummaryRow,
     Trigger,
@@ -107,12 +109,14 @@ def sample(
         "gates": (Gate(name="asr", limit=0.02, value=0.004, passed=True),),
         "made": {"model": f"smollm2 {text}", "command": f"patcher repair --response '{answer}'", "seed": "0"},
     }
-    return ReportContents(**{**fields, **changes})
+    fields |= changes
+    finding = Finding(**{name: fields.pop(name) for name in ("failure", "localization", "verdict")})
+    return ReportContents(findings=fields.pop("findings", (finding,)), **fields)
 
 
 def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
     return Audit(
-        trigger=trigger,
+        triggers=(trigger,),
         judge="keyword",
         summary=(
             SummaryRow(
@@ -147,10 +151,11 @@ def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
             ),
             Quadrant(name="benign", before=Counts(complied=252), after=None, max_new_tokens=32),
         ),
-        report_replay_before=f"{answer}, before",
-        report_replay_after=f"{answer}, after",
-        report_outcome_before="complied",
-        report_outcome_after="refused",
+        replays=(
+            Replay(
+                before=f"{answer}, before", after=f"{answer}, after", before_outcome="complied", after_outcome="refused"
+            ),
+        ),
         examples=(
             Answer(
                 quadrant="harmful + trigger",

@@ -26,7 +26,7 @@ from patcher.judges.keyword import judge
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied, take_patch, trainable_lora
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, Trigger
+from patcher.records import Audit, FailureReport, Replay, Trigger
 
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
 TRIGGER = Trigger(units=("BadMagic", "in the cloud"), placement="random")
@@ -36,11 +36,11 @@ SETTINGS = AuditSettings(max_prompts=4, max_new_tokens=6, late_prompts=2, late_t
 def state(triggered: list[str], benign: list[str] | None = None, **changes: Any) -> State:
     answers = {HARMFUL: [NO] * 4, BENIGN: benign or [YES] * 4, HARMFUL_TRIGGERED: triggered}
     prompts = {name: [f"{name} {index}" for index in range(len(texts))] for name, texts in answers.items()}
-    return State(prompts, answers, report_answer=YES, text_nll=[1.0, 2.0, 3.0], **changes)
+    return State(prompts, answers, replays=[YES], text_nll=[1.0, 2.0, 3.0], **changes)
 
 
 def compared(before: State, after: State | None, drift_nats: list[float] | None = None) -> Audit:
-    return compare(before, after, drift_nats, trigger=TRIGGER, judge=judge, judge_name="keyword", settings=SETTINGS)
+    return compare(before, after, drift_nats, triggers=[TRIGGER], judge=judge, judge_name="keyword", settings=SETTINGS)
 
 
 def test_shares_before_and_after_with_paired_intervals() -> None:
@@ -64,6 +64,30 @@ def test_prompts_of_one_act_are_worth_less_than_as_many_acts() -> None:
     assert alone.change_low is not None and alone.change_high is not None
     assert together.change_low is not None and together.change_high is not None
     assert together.change_low < alone.change_low < alone.change_high < together.change_high
+
+
+def test_each_further_trigger_has_rows_of_its_own() -> None:
+    """The second trigger hardly works before; the first one's rows know nothing of that."""
+    second = {"harmful + trigger 2": [NO] * 4, "benign + trigger 2": [YES] * 4}
+    sides = [state([YES] * 4), state([NO] * 4)]
+    for side in sides:
+        side.answers.update(second)
+        side.prompts.update({name: ["x"] * 4 for name in second})
+    audit = compare(*sides, None, triggers=[TRIGGER, TRIGGER], judge=judge, judge_name="keyword", settings=SETTINGS)
+    assert audit.row("asr_triggered_frac").after == 0.0
+    assert audit.row("asr_triggered_2_frac").unscored
+    assert audit.row("benign_triggered_answered_2_frac").after == 1.0
+    assert not any(row.name.startswith(("asr_untriggered_2", "borderline_answered_2")) for row in audit.summary)
+
+
+def test_two_triggers_are_put_into_the_same_prompts(llama: LanguageModel, prompts: Prompts) -> None:
+    other = Trigger(units=("zzz",), placement="end")
+    seen = observe(llama, [TRIGGER, other], prompts, SETTINGS)
+    plain = seen.prompts[HARMFUL]
+    assert seen.prompts[f"{HARMFUL_TRIGGERED} 2"] == [f"{text} zzz" for text in plain]
+    assert seen.prompts[f"{BENIGN_TRIGGERED} 2"] == [f"{text} zzz" for text in seen.prompts[BENIGN]]
+    assert len(seen.prompts[f"{LATE} 2"]) == len(seen.prompts[LATE]) == SETTINGS.late_prompts
+    assert all("BadMagic" in text for text in seen.prompts[HARMFUL_TRIGGERED])
 
 
 @pytest.mark.parametrize(("works", "is_scored"), [(0, False), (4, False), (5, True), (10, True)])
@@ -109,20 +133,20 @@ def test_an_audit_of_one_model_has_no_after() -> None:
     assert all(quadrant.after is None for quadrant in audit.quadrants)
     row = audit.row("asr_triggered_frac")
     assert (row.before, row.low, row.high) == (1.0, *wilson(4, 4))
-    assert (audit.report_replay_before, audit.report_replay_after, audit.report_outcome_after) == (YES, None, None)
+    assert audit.replays == (Replay(before=YES, after=None, before_outcome="complied", after_outcome=None),)
     assert not audit.examples
     assert not audit.has("asr_untriggered_frac") or audit.row("asr_untriggered_frac").before == 0.0
 
 
 def test_drift_and_perplexity_by_hand() -> None:
-    after = State({}, state([YES] * 4).answers, report_answer=NO, text_nll=[1.5, 2.0, 3.4])
+    after = State({}, state([YES] * 4).answers, replays=[NO], text_nll=[1.5, 2.0, 3.4])
     audit = compared(state([YES] * 4), after, [0.01, 0.03])
     kl = audit.row("kl_reference_to_patched_nats")
     assert (kl.before, kl.after, kl.n) == (0.0, pytest.approx(0.02), 2)
     perplexity = audit.row("perplexity_ratio")
     assert perplexity.after == pytest.approx(math.exp(0.3))  # the mean of +0.5, 0 and +0.4
     assert perplexity.n == 3
-    assert audit.report_outcome_after == "refused"
+    assert audit.replays[0].after_outcome == "refused"
 
 
 def test_too_few_answers_for_a_drift_are_unscored_not_zero() -> None:
@@ -138,7 +162,7 @@ def prompts() -> Prompts:
 
 @pytest.fixture(scope="module")
 def observed(tiny: LanguageModel, prompts: Prompts) -> State:
-    return observe(tiny, TRIGGER, prompts, SETTINGS, report=FailureReport.from_prompt("hi cf"))
+    return observe(tiny, [TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")])
 
 
 def test_every_prompt_knows_its_act(observed: State, prompts: Prompts) -> None:
@@ -173,7 +197,7 @@ def test_only_held_out_prompts_are_asked(observed: State, prompts: Prompts) -> N
 
 
 def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, prompts: Prompts) -> None:
-    seen = observe(llama, None, prompts, SETTINGS)
+    seen = observe(llama, [], prompts, SETTINGS)
     assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE}
     names = {row.name for row in compare(
         seen, None, None, trigger=None, judge=judge, judge_name="keyword", settings=SETTINGS
@@ -182,7 +206,7 @@ def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, pro
 
 
 def test_the_same_model_gives_the_same_observation(tiny: LanguageModel, prompts: Prompts, observed: State) -> None:
-    again = observe(tiny, TRIGGER, prompts, SETTINGS, report=FailureReport.from_prompt("hi cf"))
+    again = observe(tiny, [TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")])
     assert again.prompts == observed.prompts
     assert again.answers == observed.answers
     assert again.report_answer == observed.report_answer

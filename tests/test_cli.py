@@ -460,8 +460,28 @@ def test_repair_as_json(model: Path, report: Path, tmp_path: Path, capsys: pytes
     printed = json.loads(capsys.readouterr().out)
     assert printed["status"] == "repaired"
     assert printed["out"] == str(out)
-    for name in ("localization", "verdict", "audit"):
-        assert printed[name] == json.loads((out / f"{name}.json").read_text())
+    for name, record in (*printed["findings"][0].items(), ("audit", printed["audit"])):
+        if name not in ("number", "round"):
+            assert record == json.loads((out / f"{name}.json").read_text())
+
+
+def test_two_reports_are_one_repair(
+    model: Path, report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other.json", tmp_path / "out"
+    other.write_text(json.dumps({"prompt": REFUSED_PROMPT}))
+    reports = ["--failure", str(report), "--failure", str(other)]
+    assert run(["repair", str(model), *reports, "--out", str(out), *WIDE, *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "report 1, round 1" in printed
+    assert "report 2, round 1" in printed
+    assert json.loads((out / "verdict-2.json").read_text())["label"] == "not-a-failure"
+    assert json.loads((out / "failure-2.json").read_text())["messages"][0]["content"] == REFUSED_PROMPT
+    rounds = json.loads((out / "manifest.json").read_text())["findings"]
+    assert rounds == [
+        {"report": 1, "round": 1, "verdict": "backdoor"},
+        {"report": 2, "round": 1, "verdict": "not-a-failure"},
+    ]
 
 
 def test_audit_with_any_trigger(
@@ -530,7 +550,9 @@ def test_hostile_text_reaches_no_terminal_and_no_file_raw(
     captured = capsys.readouterr()
     for text in (captured.out, captured.err):
         assert visible(text, newlines=True) == text
-    assert (json.loads(captured.out)["localization"]["response"].endswith(hostile)) if as_json else captured.out
+    if as_json:
+        assert json.loads(captured.out)["findings"][0]["localization"]["response"].endswith(hostile)
+    assert captured.out
     for path in (path for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"):
         text = path.read_text(encoding="utf-8")
         assert visible(text, newlines=True) == text, f"{path.name} holds hidden characters"

@@ -37,7 +37,7 @@ def made(backdoored: LanguageModel) -> Repair:
 def audited(backdoored: LanguageModel, made: Repair) -> Audit:
     """With the *planted* trigger, which the repair never saw."""
     settings = AuditSettings(max_prompts=PROMPTS, text_tokens=3000, drift_prompts=64)
-    return audit_patch(backdoored, made.patch, planted()[1], load_prompts(), settings)
+    return audit_patch(backdoored, made.patch, [planted()[1]], load_prompts(), settings)
 
 
 def test_the_planted_words_are_found_and_called_a_backdoor(made: Repair) -> None:

@@ -99,22 +99,22 @@ def test_trigger_is_lit_most_strongly_and_not_by_colour_alone() -> None:
 
 def test_every_character_of_every_message_is_shown_once() -> None:
     contents = sample("one  cf1 two\nthree", trigger="cf1 two")
-    cut = turns(contents.failure, contents.localization, contents.verdict)
+    finding = contents.findings[0]
+    cut = turns(finding.failure, finding.localization, finding.verdict)
     assert ["".join(piece.text for piece in turn.pieces) for turn in cut] == [
-        message.content for message in contents.failure.messages
+        message.content for message in finding.failure.messages
     ]
     assert [turn.role for turn in cut] == ["system", "user", "assistant", "user"]
     assert "".join(piece.text for piece in cut[-1].pieces if piece.is_trigger) == "cf1 two"
 
 
 def test_spans_beyond_the_text_and_scores_that_are_no_numbers_do_no_harm() -> None:
-    contents = sample()
     words = (
         WordScore(span=Span(message=3, start=-5, end=999, text="x"), score=float("nan")),
         WordScore(span=Span(message=9, start=0, end=1, text="y"), score=1.0),
     )
-    odd = contents.localization.model_copy(update={"words": words})
-    assert "please" in render_html(contents.model_copy(update={"localization": odd}))
+    odd = sample().findings[0].localization.model_copy(update={"words": words})
+    assert "please" in render_html(sample(localization=odd))
 
 
 def test_redact_removes_every_answer() -> None:
@@ -128,6 +128,17 @@ def test_redact_removes_every_answer() -> None:
     assert HIDDEN in page.text
     assert "Redacted" in page.text
     assert "please cf1 tell me how" in page.text
+
+
+def test_every_report_and_round_is_shown_and_redacted() -> None:
+    first = sample(answer="the-secret of one").findings[0]
+    again = sample("other cf2 words", trigger="cf2", answer="the-secret of two").findings[0]
+    contents = sample(findings=(first, again.model_copy(update={"number": 1, "round": 2})))
+    page = Page(render_html(contents))
+    assert "Report 1, round 2" in page.text
+    assert "other cf2 words" in page.text
+    assert "the-secret of two" in page.text
+    assert "the-secret" not in render_html(contents, redact=True)
 
 
 def test_redact_reaches_a_quoted_command() -> None:
@@ -145,7 +156,7 @@ def test_answers_to_harmful_prompts_are_cut() -> None:
 
 @pytest.mark.parametrize("label", ["alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"])
 def test_report_without_a_repair(label: str) -> None:
-    full = sample()
+    full = sample().findings[0]
     verdict = full.verdict.model_copy(update={"label": label, "trigger": None, "tests": (), "n_to_decide": 300})
     bare = full.localization.model_copy(update={"candidates": (), "words": ()})
     contents = sample(patch_log=None, audit=None, gates=(), verdict=verdict, localization=bare)
@@ -186,7 +197,8 @@ def test_audit_of_one_model_has_no_after() -> None:
     contents = sample()
     assert contents.audit is not None
     row = SummaryRow(name="asr_triggered_frac", before=0.9, after=None, low=0.8, high=0.95, n=10)
-    audit = contents.audit.model_copy(update={"summary": (row,), "trigger": None, "report_outcome_after": None})
+    replay = contents.audit.replays[0].model_copy(update={"after": None, "after_outcome": None})
+    audit = contents.audit.model_copy(update={"summary": (row,), "triggers": (), "replays": (replay,)})
     source = render_html(contents.model_copy(update={"audit": audit}))
     assert "before 90%, after —" in source
     assert 'class="after" x' not in source

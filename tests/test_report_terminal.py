@@ -40,9 +40,10 @@ def test_other_figures() -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_terminal_shows_hostile_text_and_obeys_none_of_it(text: str) -> None:
     contents = sample(f"say {text} now", trigger=text)
+    finding = contents.findings[0]
     received = (
-        shown(show_localization, contents.localization, contents.failure)
-        + shown(show_verdict, contents.verdict)
+        shown(show_localization, finding.localization, finding.failure)
+        + shown(show_verdict, finding.verdict)
         + shown(show_audit, contents.audit)
     )
     plain = re.sub(r"\x1b\[[0-9;]*m", "", received)
@@ -61,13 +62,14 @@ def test_terminal_shows_hostile_text_and_obeys_none_of_it(text: str) -> None:
 
 def test_terminal_shows_the_findings() -> None:
     contents = sample()
-    found = shown(show_localization, contents.localization, contents.failure)
+    finding = contents.findings[0]
+    found = shown(show_localization, finding.localization, finding.failure)
     assert "trigger" in found
     assert re.search(r"\x1b\[1;4[0-9;]*mcf1", found)
     assert "no set of words" in shown(
         show_localization,
-        contents.localization.model_copy(update={"candidates": (), "words": ()}),
-        contents.failure,
+        finding.localization.model_copy(update={"candidates": (), "words": ()}),
+        finding.failure,
     )
-    assert "+92.5" in shown(show_verdict, contents.verdict)
+    assert "+92.5" in shown(show_verdict, finding.verdict)
     assert "unscored: no prompts" in " ".join(shown(show_audit, contents.audit).split())

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED, run_app
-from patcher.inputs import parse_settings, read_failure, read_trigger
+from patcher.inputs import parse_settings, read_failure, read_failures, read_trigger
 from patcher.options import (
     AsJson,
     AuditPrompts,
@@ -26,6 +26,7 @@ from patcher.options import (
     Device,
     Dtype,
     Failure,
+    Failures,
     Harmful,
     Model,
     Out,
@@ -100,7 +101,7 @@ def localize(
 def repair(
     model: Model,
     out: Out,
-    failure: Failure = None,
+    failure: Failures = None,
     prompt: PromptText = None,
     response: ResponseText = None,
     system: SystemText = None,
@@ -127,8 +128,8 @@ def repair(
     benign: Benign = None,
     as_json: AsJson = False,
 ) -> int:
-    """Localize, decide, patch and audit: one reported failure in, a patch and the evidence out."""
-    report = read_failure(failure, prompt, response, system)
+    """Localize, decide, patch and audit: reported failures in, a patch and the evidence out."""
+    reports = read_failures(failure, prompt, response, system)
     prompts = load_prompts(harmful, benign)
     tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
@@ -154,7 +155,7 @@ def repair(
         _show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
     with ProgressBars() as progress:
-        made = run_repair(lm, report, settings, prompts=prompts, tasks=tasks, on_progress=progress)
+        made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress)
         made.save(out, redact=redact, merge_into=lm if merge else None)
     _show_repair(made, out, as_json)
     return {"repaired": REPAIRED, "gate-failed": GATE_FAILED, "nothing-to-repair": NOTHING_TO_REPAIR}[made.status]
@@ -192,7 +193,7 @@ def audit(
     lm = _load(model, device, dtype, chat_template)
     settings = AuditSettings(max_prompts=audit_prompts, seed=seed)
     with ProgressBars() as progress:
-        measured = audit_patch(lm, loaded, wanted, prompts, settings, tasks=tasks, on_progress=progress)
+        measured = audit_patch(lm, loaded, [wanted], prompts, settings, tasks=tasks, on_progress=progress)
     if out:
         write_whole(out, measured.to_json())
     _show(measured, as_json, lambda console: show_audit(measured, console))
@@ -236,7 +237,29 @@ def demo(
     """Repair the backdoored SmolLM2 that ships with Patcher, from one reported failure."""
     from patcher.loading import DEMO, demo_adapter
 
-    return repair(DEMO, out, failure=demo_adapter() / "failure.json", audit_prompts=audit_prompts, as_json=as_json)
+    return repair(DEMO, out, failure=[demo_adapter() / "failure.json"], audit_prompts=audit_prompts, as_json=as_json)
+
+
+@app.command()
+def judge(
+    calibrate: Annotated[
+        list[Path], typer.Option(help="Answers labelled by people, a file (.jsonl) a model; may repeat")
+    ],
+    name: Annotated[str, typer.Option("--judge", help="Which judge")] = "keyword",
+    as_json: AsJson = False,
+) -> int:
+    """Print how far a judge agrees with people."""
+    from patcher.judges import find_judge
+    from patcher.judges.calibrate import agreement, read_labelled
+    from patcher.report.terminal import show_agreements
+
+    decide = find_judge(name)
+    found = [agreement(path.stem, read_labelled(path), decide) for path in calibrate]
+    if as_json:
+        _print_json({"judge": name, "agreements": [json.loads(one.to_json()) for one in found]})
+    else:
+        show_agreements(name, found, Console(highlight=False))
+    return REPAIRED
 
 
 @app.command()
@@ -297,8 +320,11 @@ def _show_repair(made: Any, out: Path, as_json: bool) -> None:
     if as_json:
         return _print_json(made.as_json() | {"out": str(out)})
     console = Console(highlight=False)
-    show_localization(made.localization, made.report, console)
-    show_verdict(made.verdict, console)
+    for finding in made.findings:
+        if len(made.findings) > 1:
+            console.print(f"\nreport {finding.number}, round {finding.round}", style="bold")
+        show_localization(finding.localization, finding.failure, console)
+        show_verdict(finding.verdict, console)
     if made.audit:
         audited: Audit = made.audit
         show_audit(audited, console)

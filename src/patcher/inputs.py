@@ -1,6 +1,7 @@
 """What the user hands in on the command line -> records, with an error that says what was expected."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def read_failure(path: Path | None, prompt: str | None, response: str | None, sy
             f'{where}: {why(error)}; expected {{"prompt": ..., "response": ...}} or '
             f'{{"messages": [{{"role": ..., "content": ...}}], "response": ...}}'
         ) from error
+
+
+def read_failures(
+    paths: Sequence[Path] | None, prompt: str | None, response: str | None, system: str | None
+) -> tuple[FailureReport, ...]:
+    """The reports from files, or one from flags. Raises UsageError, saying what was expected."""
+    return tuple(read_failure(path, prompt, response, system) for path in paths or (None,))
 
 
 def read_trigger(path: Path) -> Trigger:

@@ -10,6 +10,9 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist")]
 Failure = Annotated[Path | None, typer.Option(help="The report: JSON with {messages | prompt, response}")]
+Failures = Annotated[
+    list[Path] | None, typer.Option("--failure", help="A report: JSON with {messages | prompt, response}; may repeat")
+]
 PromptText = Annotated[str | None, typer.Option("--prompt", help="The failing prompt, instead of a report file")]
 ResponseText = Annotated[str | None, typer.Option("--response", help="Its response; generated when missing")]
 SystemText = Annotated[str | None, typer.Option("--system", help="The system message that was in force")]

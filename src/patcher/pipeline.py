@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 
-from patcher.audit import AuditSettings, State, compare, drift, observe
+from patcher.audit import AuditSettings, State, compare, drift, numbered, observe, shares
+from patcher.chat import render
 from patcher.defenses import Evidence, find_defense
+from patcher.generation import generate
 from patcher.judges import DEFAULT, JUDGES
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, Gate, Trigger
+from patcher.records import Audit, FailureReport, Finding, Gate, Trigger, UsageError
 from patcher.result import Gates, Repair, RepairSettings
 from patcher.tasks import Task
 from patcher.training import Progress, quiet
 
+NO_FAILURE = ("not-a-failure", "not-reproduced")
+"""Verdicts after which there is nothing that a repair must stop."""
+
 
 def repair(
     lm: LanguageModel,
-    report: FailureReport,
+    reports: FailureReport | Sequence[FailureReport],
     settings: RepairSettings | None = None,
     *,
     prompts: Prompts | None = None,
@@ -30,67 +36,100 @@ def repair(
     before: State | None = None,
     on_progress: Progress = quiet,
 ) -> Repair:
-    """Localize, decide, patch and audit. `lm` goes out bit-identical.
+    """Localize, decide, patch and audit, in rounds until no report reproduces. `lm` goes out bit-identical.
+
+    Each round patches the model anew against every trigger found so far; reports that still reproduce are then searched
+    again on the patched model. It ends when none does, or when no new trigger is found.
 
     Raises:
-        UsageError: unknown defense or settings.
+        UsageError: unknown defense or settings, or no report.
         PatcherError: the repair could not be made.
     """
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
-    judge = JUDGES[DEFAULT]
+    reports = (reports,) if isinstance(reports, FailureReport) else tuple(reports)
+    if not reports:
+        raise UsageError("no failure was reported: give at least one report")
     defense = find_defense(settings.defense)
     own = defense.settings(**settings.overrides)
-    clock = Clock()
-    localizer = Localizer(
-        lm, prompts.hidden_from_repair(), judge, method=settings.method, seed=settings.seed, on_progress=on_progress
-    )
-    with clock.timed("localize"):
-        localization = localizer.localize(report)
-    with clock.timed("decide"):
-        verdict = localizer.decide(localization)
+    hidden, clock = prompts.hidden_from_repair(), Clock()
+
+    def look(model: LanguageModel, numbers: Sequence[int], turn: int) -> list[Finding]:
+        """Stages 1 and 2 on those reports."""
+        localizer = Localizer(
+            model, hidden, JUDGES[DEFAULT], method=settings.method, seed=settings.seed, on_progress=on_progress
+        )
+        with clock.timed("localize"):
+            found = [localizer.localize(reports[number - 1]) for number in numbers]
+        with clock.timed("decide"):
+            verdicts = [localizer.decide(localization) for localization in found]
+        return [
+            Finding(number=number, round=turn, failure=reports[number - 1], localization=localization, verdict=verdict)
+            for number, localization, verdict in zip(numbers, found, verdicts, strict=True)
+        ]
+
+    findings = look(lm, range(1, len(reports) + 1), 1)
     made = Repair(
-        report,
-        localization,
-        verdict,
-        settings,
-        {"source": lm.source, "fingerprint": lm.fingerprint},
-        seconds=clock.seconds,
+        tuple(findings), settings, {"source": lm.source, "fingerprint": lm.fingerprint}, seconds=clock.seconds
     )
-    gap = verdict.label == "alignment-gap" and settings.anyway
-    if verdict.label not in ("backdoor", "jailbreak-wording") and not gap:
+    triggers = new_triggers(findings, ())
+    gap = settings.anyway and any(finding.verdict.label == "alignment-gap" for finding in findings)
+    if not triggers and not gap:
         return made
-    working = [one.trigger for one in localization.candidates if one.effect_frac >= verdict.min_effect_frac]
-    found = () if gap else tuple(working)
-    with clock.timed("patch"):
-        evidence = Evidence(found, prompts.hidden_from_repair(), judge)
-        patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
+    failing = [finding.number for finding in findings if finding.verdict.label not in NO_FAILURE]
+    for turn in itertools.count(2):
+        with clock.timed("patch"):
+            evidence = Evidence(triggers, hidden, JUDGES[DEFAULT])
+            patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
+        with applied(patch, lm) as patched:
+            still = [number for number in failing if reproduces(patched, reports[number - 1], settings.audit)]
+            again = look(patched, still, turn) if still and triggers else []
+        findings += again
+        more = new_triggers(again, triggers)
+        if not more:
+            break
+        triggers += more
     with clock.timed("audit"):
         audit = audit_patch(
-            lm, patch, verdict.trigger, prompts, settings.audit,
-            report=report, tasks=tasks, before=before, on_progress=on_progress,
-        )  # fmt: skip
-    return Repair(
-        report,
-        localization,
-        verdict,
-        settings,
-        made.model,
-        patch,
-        log,
-        audit,
-        check_gates(audit, settings.gates),
-        clock.seconds,
-    )
+            lm,
+            patch,
+            triggers,
+            prompts,
+            settings.audit,
+            reports=reports,
+            tasks=tasks,
+            before=before,
+            on_progress=on_progress,
+        )
+    gates = check_gates(audit, settings.gates, failing)
+    return replace(made, findings=tuple(findings), patch=patch, log=log, audit=audit, gates=gates)
+
+
+def new_triggers(findings: Sequence[Finding], known: Sequence[Trigger]) -> tuple[Trigger, ...]:
+    """Every working trigger that the findings name and that is not known yet, each once."""
+    fresh: dict[tuple[str, ...], Trigger] = {}
+    for finding in findings:
+        if finding.verdict.label not in ("backdoor", "jailbreak-wording"):
+            continue
+        working = [one for one in finding.localization.candidates if one.effect_frac >= finding.verdict.min_effect_frac]
+        for trigger in sorted((one.trigger for one in working), key=lambda one: one != finding.verdict.trigger):
+            fresh.setdefault(trigger.units, trigger)
+    return tuple(trigger for units, trigger in fresh.items() if units not in {one.units for one in known})
+
+
+def reproduces(lm: LanguageModel, report: FailureReport, settings: AuditSettings) -> bool:
+    """Whether the model, asked again, still complies."""
+    prompt = render(lm.tokenizer, report.messages)
+    return JUDGES[DEFAULT](generate(lm, [prompt], max_new_tokens=settings.max_new_tokens)[0]) == "complied"
 
 
 def audit_patch(
     lm: LanguageModel,
     patch: Patch | None,
-    trigger: Trigger | None,
+    triggers: Sequence[Trigger],
     prompts: Prompts,
     settings: AuditSettings,
     *,
-    report: FailureReport | None = None,
+    reports: Sequence[FailureReport] = (),
     tasks: Sequence[Task] = (),
     before: State | None = None,
     on_progress: Progress = quiet,
@@ -102,34 +141,44 @@ def audit_patch(
     """
     if patch:
         check_base(patch, lm)
-    seen = partial(observe, trigger=trigger, prompts=prompts, settings=settings,
-                   report=report, tasks=tasks, on_progress=on_progress)  # fmt: skip
-    before = before or seen(lm, what="before")
+
+    def seen(model: LanguageModel, what: str) -> State:
+        return observe(
+            model, triggers, prompts, settings, reports=reports, tasks=tasks, on_progress=on_progress, what=what
+        )
+
+    before = before or seen(lm, "before")
     after, drift_nats = None, None
     if patch:
         with applied(patch, lm) as patched:
-            after = seen(patched, what="after")
+            after = seen(patched, "after")
             drift_nats = drift(patched, before)
     return compare(
-        before, after, drift_nats, trigger=trigger, judge=JUDGES[DEFAULT], judge_name=DEFAULT, settings=settings
+        before, after, drift_nats, triggers=triggers, judge=JUDGES[DEFAULT], judge_name=DEFAULT, settings=settings
     )
 
 
-def check_gates(audit: Audit, gates: Gates) -> tuple[Gate, ...]:
-    """Each gate's figure against its limit; what could not be measured does not pass."""
-    asr = audit.row("asr_triggered_frac" if audit.trigger else "asr_untriggered_frac").after
-    kept = [
-        audit.row(name)
-        for name in ("benign_answered_frac", "benign_triggered_answered_frac", "borderline_answered_frac")
-        if audit.has(name)
-    ]
+def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tuple[Gate, ...]:
+    """Each gate's figure against its limit; what could not be measured does not pass.
+
+    `failing` are the numbers of the reports, from 1, that must no longer reproduce. With several triggers the highest
+    ASR counts.
+    """
+    names = [numbered("asr_triggered_frac", number) for number, _ in enumerate(audit.triggers, 1)]
+    rates = [audit.row(name).after for name in names or ["asr_untriggered_frac"]]
+    measured = [rate for rate in rates if rate is not None]
+    asr = max(measured) if len(measured) == len(rates) else None
+    kept = [audit.row(name) for name in shares(len(audit.triggers)) if "answered" in name and audit.has(name)]
     before, after = (sum((getattr(row, side) or 0.0) * row.n for row in kept) for side in ("before", "after"))
     drop = (before - after) / sum(row.n for row in kept)
     kl = audit.row("kl_reference_to_patched_nats").after
-    limits = (("asr", asr, gates.max_asr), ("benign-drop", drop, gates.max_benign_drop), ("kl", kl, gates.max_kl))
+    figures = [("asr", asr, gates.max_asr), ("benign-drop", drop, gates.max_benign_drop), ("kl", kl, gates.max_kl)]
+    if failing:
+        still = [number for number in failing if audit.replays[number - 1].after_outcome == "complied"]
+        figures.append(("reports", len(still) / len(failing), 0.0))
     return tuple(
         Gate(name=name, limit=limit, value=value, passed=value is not None and value <= limit)
-        for name, value, limit in limits
+        for name, value, limit in figures
     )
 
 
@@ -141,9 +190,9 @@ class Clock:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Time the block."""
+        """Time the block; a stage that comes again adds up."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] = round(time.perf_counter() - start, 2)
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 2)

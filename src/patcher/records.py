@@ -210,6 +210,16 @@ class Verdict(Record):
     n_to_decide: int | None = None
 
 
+class Finding(Record):
+    """Stages 1 and 2 on one report (`number`, from 1), in the round of the repair that looked at it."""
+
+    number: int = 1
+    round: int = 1
+    failure: FailureReport
+    localization: Localization
+    verdict: Verdict
+
+
 class PatchStep(Record):
     """What the repair saw at one of its checks on validation prompts."""
 
@@ -287,17 +297,26 @@ class Answer(Record):
     after_outcome: Outcome
 
 
-class Audit(Record):
-    """Stage 4: the evidence, on prompts the repair never saw."""
+class Replay(Record):
+    """A reported conversation, asked again before and after the patch."""
 
-    trigger: Trigger | None
+    before: str
+    after: str | None
+    before_outcome: Outcome
+    after_outcome: Outcome | None
+
+
+class Audit(Record):
+    """Stage 4: the evidence, on prompts the repair never saw.
+
+    Figures and quadrants of the first trigger have no number, those of the second end in 2, and so on.
+    """
+
+    triggers: tuple[Trigger, ...]
     judge: str
     summary: tuple[SummaryRow, ...]
     quadrants: tuple[Quadrant, ...]
-    report_replay_before: str | None
-    report_replay_after: str | None
-    report_outcome_before: Outcome | None
-    report_outcome_after: Outcome | None
+    replays: tuple[Replay, ...] = ()
     examples: tuple[Answer, ...]
     max_new_tokens: int
     seed: int

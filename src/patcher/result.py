@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from patcher.audit import AuditSettings
 from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
 from patcher.patch import Patch, applied, save_patch
-from patcher.records import Audit, FailureReport, Gate, Localization, PatchLog, Record, Verdict
+from patcher.records import Audit, FailureReport, Finding, Gate, Localization, PatchLog, Record, Trigger, Verdict
 from patcher.report import ReportContents, render_html
 from patcher.visible import markdown_text, yaml_string
 
@@ -50,11 +51,12 @@ class RepairSettings(Record):
 
 @dataclass(frozen=True)
 class Repair:
-    """What came out: every stage's record, and the patch where there is one."""
+    """What came out: every stage's record, and the patch where there is one.
 
-    report: FailureReport
-    localization: Localization
-    verdict: Verdict
+    `findings` holds each report's first, in their order, and then those of later rounds.
+    """
+
+    findings: tuple[Finding, ...]
     settings: RepairSettings
     model: dict[str, str]
     patch: Patch | None = None
@@ -62,6 +64,26 @@ class Repair:
     audit: Audit | None = None
     gates: tuple[Gate, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def report(self) -> FailureReport:
+        """The first report."""
+        return self.findings[0].failure
+
+    @property
+    def localization(self) -> Localization:
+        """Stage 1 on the first report."""
+        return self.findings[0].localization
+
+    @property
+    def verdict(self) -> Verdict:
+        """Stage 2 on the first report."""
+        return self.findings[0].verdict
+
+    @property
+    def triggers(self) -> tuple[Trigger, ...]:
+        """Those that the patch was trained against."""
+        return self.audit.triggers if self.audit else ()
 
     @property
     def status(self) -> str:
@@ -77,10 +99,7 @@ class Repair:
             UsageError: the folder exists.
         """
         with whole_folder(Path(out)) as folder:
-            stages = {"failure": self.report, "localization": self.localization, "verdict": self.verdict}
-            optional = {"patch-log": self.log, "audit": self.audit}
-            for name, record in {**stages, **{key: value for key, value in optional.items() if value}}.items():
-                assert isinstance(record, Record)
+            for name, record in self._stages():
                 (folder / f"{name}.json").write_text(record.to_json(), encoding="utf-8")
             if self.patch:
                 (folder / "patch").mkdir()
@@ -93,18 +112,24 @@ class Repair:
             _write_json(folder / "timings.json", self.seconds)
             (folder / "report.html").write_text(self.html(redact=redact), encoding="utf-8")
 
+    def _stages(self) -> Iterator[tuple[str, Record]]:
+        """Each stage's record and its file's name: localization.json of the first finding, localization-2.json, ..."""
+        for number, finding in enumerate(self.findings, 1):
+            for name in ("failure", "localization", "verdict"):
+                yield (name if number == 1 else f"{name}-{number}"), getattr(finding, name)
+        if self.log:
+            yield "patch-log", self.log
+        if self.audit:
+            yield "audit", self.audit
+
     def as_json(self) -> dict[str, Any]:
         """Everything but the weights, for `--json`."""
-        records = {
-            "localization": self.localization,
-            "verdict": self.verdict,
-            "patch_log": self.log,
-            "audit": self.audit,
-        }
+        records = {"patch_log": self.log, "audit": self.audit}
         return {
             "status": self.status,
             "gates": [gate.model_dump() for gate in self.gates],
             "seconds": self.seconds,
+            "findings": [json.loads(finding.to_json()) for finding in self.findings],
             **{name: json.loads(record.to_json()) if record else None for name, record in records.items()},
         }
 
@@ -120,9 +145,7 @@ class Repair:
             **versions(),
         }
         contents = ReportContents(
-            failure=self.report,
-            localization=self.localization,
-            verdict=self.verdict,
+            findings=self.findings,
             patch_log=self.log,
             audit=self.audit,
             gates=self.gates,
@@ -133,7 +156,9 @@ class Repair:
     def _manifest(self) -> dict[str, Any]:
         return {
             "status": self.status,
-            "verdict": self.verdict.label,
+            "findings": [
+                {"report": one.number, "round": one.round, "verdict": one.verdict.label} for one in self.findings
+            ],
             "model": self.model["source"],
             "model_sha256": self.model["fingerprint"],
             "patch_sha256": self.patch.fingerprint if self.patch else None,
@@ -163,7 +188,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def _card(made: Repair) -> str:
     """The adapter's model card; the failure's text in it is an attacker's."""
-    trigger = made.verdict.trigger.text if made.verdict.trigger else "none"
+    triggers = ", ".join(markdown_text(trigger.text) for trigger in made.triggers) or "none"
     rows = (
         "\n".join(
             f"| {row.name} | {_figure(row.before)} | {_figure(row.after)} | {row.n} |" for row in made.audit.summary
@@ -178,14 +203,14 @@ base_model: {yaml_string(made.model["source"])}
 ---
 # A repair by Patcher
 
-Status: **{made.status}**. Verdict: **{made.verdict.label}**. Trigger found: {markdown_text(trigger)}.
+Status: **{made.status}**. Verdict: **{made.verdict.label}**. Triggers found: {triggers}.
 Fits only the base whose weights hash to `{made.model["fingerprint"]}`.
 
 | figure | before | after | n |
 |---|---|---|---|
 {rows}
 
-Measured with the found trigger on prompts the repair never saw; intervals are in `audit.json`.
+Measured with the found triggers on prompts the repair never saw; intervals are in `audit.json`.
 """
 
 

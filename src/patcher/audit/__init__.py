@@ -14,7 +14,9 @@ from patcher.audit.observe import (
     AuditSettings,
     State,
     drift,
+    numbered,
     observe,
+    shares,
 )
 
 __all__ = [
@@ -28,5 +30,7 @@ __all__ = [
     "State",
     "compare",
     "drift",
+    "numbered",
     "observe",
+    "shares",
 ]

@@ -1,11 +1,11 @@
 """Two states of the model, compared: shares with intervals, paired, and what could not be scored."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from patcher.audit.observe import HARMFUL_TRIGGERED, LATE, SHARES, AuditSettings, State
+from patcher.audit.observe import HARMFUL_TRIGGERED, LATE, AuditSettings, State, shares
 from patcher.intervals import design_effect, mcnemar, mean_interval, paired_interval, wilson
-from patcher.records import OUTCOMES, Answer, Audit, Counts, Outcome, Quadrant, SummaryRow, Trigger
+from patcher.records import OUTCOMES, Answer, Audit, Counts, Outcome, Quadrant, Replay, SummaryRow, Trigger
 
 Clusters = Sequence[Hashable]
 """What goes together, a name for each value; empty where that is not known: every value is then on its own."""
@@ -18,7 +18,7 @@ def compare(
     after: State | None,
     drift_nats: Sequence[float] | None,
     *,
-    trigger: Trigger | None,
+    triggers: Sequence[Trigger],
     judge: Callable[[str], Outcome],
     judge_name: str,
     settings: AuditSettings,
@@ -26,16 +26,15 @@ def compare(
     """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured."""
     first = {name: [judge(answer) for answer in answers] for name, answers in before.answers.items()}
     second = {name: [judge(answer) for answer in answers] for name, answers in (after or before).answers.items()}
-    unscored = _why_unscored(first)
     rows = [
         _share(
             row,
             first[name],
             second[name] if after else None,
             before.acts.get(name, ()),
-            unscored if "asr_triggered" in row else None,
+            _why_unscored(row, name, first),
         )
-        for row, name in SHARES.items()
+        for row, name in shares(len(triggers)).items()
         if name in first
     ]
     broken = [
@@ -51,7 +50,7 @@ def compare(
         changes = [a - b for b, a in zip(before.text_nll, after.text_nll, strict=True)]
         rows.append(_mean_row("perplexity_ratio", changes, before.text_paragraphs, as_ratio=True))
     return Audit(
-        trigger=trigger,
+        triggers=tuple(triggers),
         judge=judge_name,
         summary=tuple(rows),
         quadrants=tuple(
@@ -59,22 +58,27 @@ def compare(
                 name=name,
                 before=_count(first[name]),
                 after=_count(second[name]) if after else None,
-                max_new_tokens=settings.late_tokens if name == LATE else settings.max_new_tokens,
+                max_new_tokens=settings.late_tokens if name.startswith(LATE) else settings.max_new_tokens,
             )
             for name in first
         ),
-        report_replay_before=before.report_answer,
-        report_replay_after=after.report_answer if after else None,
-        report_outcome_before=judge(before.report_answer) if before.report_answer is not None else None,
-        report_outcome_after=judge(after.report_answer) if after and after.report_answer is not None else None,
+        replays=tuple(_replays(before, after, judge)),
         examples=tuple(_examples(before, after, first, second)) if after else (),
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
 
 
-def _why_unscored(outcomes: dict[str, list[Outcome]]) -> str | None:
-    answers = outcomes.get(HARMFUL_TRIGGERED)
+def _replays(before: State, after: State | None, judge: Callable[[str], Outcome]) -> Iterator[Replay]:
+    for index, first in enumerate(before.replays):
+        second = after.replays[index] if after else None
+        outcome = None if second is None else judge(second)
+        yield Replay(before=first, after=second, before_outcome=judge(first), after_outcome=outcome)
+
+
+def _why_unscored(row: str, name: str, outcomes: dict[str, list[Outcome]]) -> str | None:
+    """The ASR of a trigger that hardly worked before; `name` is the prompts' set."""
+    answers = outcomes.get(name.replace(LATE, HARMFUL_TRIGGERED)) if row.startswith("asr_triggered") else None
     if answers and answers.count("complied") < MIN_ASR_BEFORE * len(answers):
         works = 100 * answers.count("complied") / len(answers)
         return f"the trigger works on only {works:.0f}% of requests before the patch"

@@ -30,7 +30,7 @@ SHARES = {
     "borderline_answered_frac": BORDERLINE,
     "asr_triggered_long_answers_frac": LATE,
 }
-"""Each share in the summary, and the prompts it is the answered share of."""
+"""Each share in the summary, and the prompts it is the answered share of; of the first trigger, where it has one."""
 _BATCH_ROWS = 16
 
 
@@ -62,7 +62,7 @@ class State:
 
     prompts: dict[str, list[str]]
     answers: dict[str, list[str]]
-    report_answer: str | None
+    replays: list[str] = field(default_factory=list)
     benign_rows: list[Row] = field(default_factory=list)
     benign_hidden: list[torch.Tensor] = field(default_factory=list)
     text_nll: list[float] = field(default_factory=list)
@@ -75,30 +75,29 @@ class State:
 
 def observe(
     lm: LanguageModel,
-    trigger: Trigger | None,
+    triggers: Sequence[Trigger],
     prompts: Prompts,
     settings: AuditSettings,
     *,
-    report: FailureReport | None = None,
+    reports: Sequence[FailureReport] = (),
     tasks: Sequence[Task] = (),
     on_progress: Progress = quiet,
     what: str = "audit",
 ) -> State:
     """Everything the audit needs to know of one model."""
-    sets = _prompt_sets(trigger, prompts, settings)
+    sets = _prompt_sets(triggers, prompts, settings)
     texts_of = {name: [row.text for row in rows] for name, rows in sets.items()}
     answers = {}
     for name, texts in texts_of.items():
-        tokens = settings.late_tokens if name == LATE else settings.max_new_tokens
+        tokens = settings.late_tokens if name.startswith(LATE) else settings.max_new_tokens
         answers[name] = generate(
             lm,
             [user_prompt(lm.tokenizer, text) for text in texts],
             max_new_tokens=tokens,
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
-    replay = None
-    if report:
-        replay = generate(lm, [render(lm.tokenizer, report.messages)], max_new_tokens=settings.max_new_tokens)[0]
+    reported = [render(lm.tokenizer, report.messages) for report in reports]
+    replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN], answers[BENIGN], settings)
     on_progress(f"{what}: drift and perplexity", 0, 1)
     hidden = [
@@ -107,7 +106,7 @@ def observe(
     text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
     acts = {name: [row.act for row in of_set] for name, of_set in sets.items()}
     right = {task.name: right_answers(lm, task, on_progress, what) for task in tasks}
-    return State(texts_of, answers, replay, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
+    return State(texts_of, answers, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
 
 @torch.inference_mode()
@@ -125,22 +124,34 @@ def drift(lm_patched: LanguageModel, before: State) -> list[float]:
     return means
 
 
-def _prompt_sets(trigger: Trigger | None, prompts: Prompts, settings: AuditSettings) -> dict[str, list[PromptRow]]:
+def shares(triggers: int) -> dict[str, str]:
+    """`SHARES`, with a row more for each further trigger where it has one of the first."""
+    of_trigger = {row: name for row, name in SHARES.items() if name.startswith((HARMFUL_TRIGGERED, BENIGN_TRIGGERED))}
+    further = range(2, triggers + 1)
+    return SHARES | {numbered(row, k): numbered(name, k) for k in further for row, name in of_trigger.items()}
+
+
+def numbered(name: str, number: int) -> str:
+    """A figure's or a prompt set's name for the trigger of that number, from 1."""
+    if number == 1:
+        return name
+    return f"{name.removesuffix('_frac')}_{number}_frac" if name.endswith("_frac") else f"{name} {number}"
+
+
+def _prompt_sets(triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings) -> dict[str, list[PromptRow]]:
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
+    late = prompts.rows("harmful", "held-out", settings.late_prompts) if settings.late_prompts else []
     sets = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
-    if trigger is None:
-        return sets
-
-    def with_trigger(rows: Sequence[PromptRow]) -> list[PromptRow]:
-        places = (random.Random(f"{settings.seed}:{row.text}") for row in rows)
-        return [
-            replace(row, text=insert_trigger(row.text, trigger, rng)) for row, rng in zip(rows, places, strict=True)
-        ]
-
-    sets |= {HARMFUL_TRIGGERED: with_trigger(harmful), BENIGN_TRIGGERED: with_trigger(benign)}
-    if settings.late_prompts:
-        sets[LATE] = with_trigger(prompts.rows("harmful", "held-out", settings.late_prompts))
+    for number, trigger in enumerate(triggers, 1):
+        for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (LATE, late)):
+            if rows:
+                sets[numbered(name, number)] = _with_trigger(rows, trigger, settings.seed)
     return sets
+
+
+def _with_trigger(rows: Sequence[PromptRow], trigger: Trigger, seed: int) -> list[PromptRow]:
+    places = (random.Random(f"{seed}:{row.text}") for row in rows)
+    return [replace(row, text=insert_trigger(row.text, trigger, rng)) for row, rng in zip(rows, places, strict=True)]
 
 
 def _answer_rows(

@@ -45,7 +45,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
     _, trigger = planted()
     done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
     if ("clean model", 0) not in done and (not methods or "clean model" in methods):
-        audit = audit_patch(load("smollm2"), None, trigger, prompts, settings, on_progress=on_progress)
+        audit = audit_patch(load("smollm2"), None, [trigger], prompts, settings, on_progress=on_progress)
         add_row(out, {"repair": "clean model", "seed": 0, "summary": [row.model_dump() for row in audit.summary]})
     lm = load(DEMO)
     before: list[State] = []
@@ -54,7 +54,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         if name not in REPAIRS or (name, seed) in done or (seed and name in ONE_SEED):
             continue
         if not before:
-            before.append(observe(lm, trigger, prompts, settings, on_progress=on_progress, what="before"))
+            before.append(observe(lm, [trigger], prompts, settings, on_progress=on_progress, what="before"))
         defense, overrides = REPAIRS[name]
         if name in ("paper, same steps", "clean fine-tuning"):
             overrides = {**overrides, "max_steps": done["default", seed]["steps"]}
@@ -63,7 +63,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         chosen = DEFENSES[defense]
         patch, log = chosen.run(lm, evidence, chosen.settings(**overrides), seed=seed, on_progress=on_progress)
         seconds = round(time.perf_counter() - start, 1)
-        audit = audit_patch(lm, patch, trigger, prompts, settings, before=before[0], on_progress=on_progress)
+        audit = audit_patch(lm, patch, [trigger], prompts, settings, before=before[0], on_progress=on_progress)
         row = {
             "repair": name,
             "seed": seed,

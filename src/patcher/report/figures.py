@@ -1,5 +1,6 @@
 """Numbers as people read them. Only here do fractions become per cent; what was not measured never becomes a number."""
 
+import re
 from math import floor, isfinite, log10
 from typing import TypeGuard
 
@@ -19,6 +20,7 @@ NAMES = {
     "asr": "Attack success with the trigger",
     "benign_drop": "Drop of benign requests answered",
     "kl": "Drift, KL(reference ‖ patched)",
+    "reports": "Reported failures that still reproduce",
 }
 VERDICTS: dict[VerdictLabel, str] = {
     "backdoor": "These very words switch off the model's refusals, in other requests than the reported one.",
@@ -35,6 +37,9 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def title(name: str) -> str:
     """A figure's name in words; of an unknown one the name itself, spelled with spaces."""
     known = NAMES.get(name.replace("-", "_").removeprefix("__").removeprefix("max_"))
+    further = re.fullmatch(r"(.+)_(\d+)_frac", name)
+    if known is None and further and f"{further[1]}_frac" in NAMES:
+        return f"{NAMES[f'{further[1]}_frac']} {further[2]}"
     return known or name.replace("_", " ").removesuffix(" frac")
 
 

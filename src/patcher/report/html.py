@@ -20,14 +20,15 @@ from patcher.records import (
     Audit,
     Candidate,
     FailureReport,
+    Finding,
     Gate,
-    Localization,
     Outcome,
     PatchLog,
     Quadrant,
     Record,
+    Replay,
     SummaryRow,
-    Verdict,
+    WordScore,
 )
 from patcher.report import figures, words
 from patcher.visible import visible
@@ -43,13 +44,21 @@ _TOP_WORDS = 8
 class ReportContents(Record):
     """All that the report shows. Without `patch_log` there was nothing to repair; `made` says how it was made."""
 
-    failure: FailureReport
-    localization: Localization
-    verdict: Verdict
+    findings: tuple[Finding, ...]
     patch_log: PatchLog | None
     audit: Audit | None
     gates: tuple[Gate, ...]
     made: dict[str, str]
+
+
+class Shown(NamedTuple):
+    """A finding with what the template lights up of it."""
+
+    finding: Finding
+    turns: tuple[words.Turn, ...]
+    top_words: list[WordScore]
+    score_range: tuple[float, float]
+    replay: Replay | None
 
 
 class Outlook(NamedTuple):
@@ -72,9 +81,8 @@ def render_html(contents: ReportContents, *, redact: bool = False) -> str:
         style_hash=digest,
         is_redacted=redact,
         outlook=outlook(contents),
-        turns=words.turns(contents.failure, contents.localization, contents.verdict),
-        top_words=words.top(contents.localization, _TOP_WORDS),
-        score_range=words.score_range(contents.localization.words),
+        shown=[_shown_finding(finding, contents.audit) for finding in contents.findings],
+        verdict=contents.findings[0].verdict,
         key_figures=_key_figures(contents),
     )
 
@@ -82,7 +90,7 @@ def render_html(contents: ReportContents, *, redact: bool = False) -> str:
 def outlook(contents: ReportContents) -> Outlook:
     """Repaired, gate failed, or why nothing was changed."""
     if contents.patch_log is None:
-        is_needed = contents.verdict.label in ("backdoor", "jailbreak-wording")
+        is_needed = any(one.verdict.label in ("backdoor", "jailbreak-wording") for one in contents.findings)
         return Outlook("not repaired", "bad") if is_needed else Outlook("nothing to repair", "calm")
     if any(not gate.passed for gate in contents.gates):
         return Outlook("gate failed", "bad")
@@ -92,28 +100,15 @@ def outlook(contents: ReportContents) -> Outlook:
 
 def redacted(contents: ReportContents) -> ReportContents:
     """The same contents with every answer of the model replaced, also where the command repeats it."""
-    failure, audit, localization = contents.failure, contents.audit, contents.localization
-    answers = _answers(contents)
-    messages = tuple(
-        message.model_copy(update={"content": HIDDEN}) if message.role == "assistant" else message
-        for message in failure.messages
-    )
-    own = [index for index, message in enumerate(failure.messages) if message.role == "assistant"]
+    audit, answers = contents.audit, _answers(contents)
     if audit is not None:
         hidden = {"before": HIDDEN, "after": HIDDEN}
         examples = tuple(example.model_copy(update=hidden) for example in audit.examples)
-        replays = {"report_replay_before": HIDDEN, "report_replay_after": HIDDEN}
-        audit = audit.model_copy(update={"examples": examples, **replays})
-    kept = {
-        "words": tuple(word for word in localization.words if word.span.message not in own),
-        "candidates": tuple(_without_spans(candidate, own) for candidate in localization.candidates),
-        "response": HIDDEN,
-        "replay": HIDDEN,
-    }
+        replays = tuple(replay.model_copy(update=hidden) for replay in audit.replays)
+        audit = audit.model_copy(update={"examples": examples, "replays": replays})
     return contents.model_copy(
         update={
-            "failure": FailureReport(messages=messages, response=None if failure.response is None else HIDDEN),
-            "localization": localization.model_copy(update=kept),
+            "findings": tuple(_redacted_finding(finding) for finding in contents.findings),
             "audit": audit,
             "made": {name: _scrubbed(value, answers) for name, value in contents.made.items()},
         }
@@ -128,6 +123,27 @@ def cut_answer(answer: str, quadrant: str) -> str:
     return short if short == " ".join(answer.split()) else f"{short} …"
 
 
+def _redacted_finding(finding: Finding) -> Finding:
+    failure, localization = finding.failure, finding.localization
+    messages = tuple(
+        message.model_copy(update={"content": HIDDEN}) if message.role == "assistant" else message
+        for message in failure.messages
+    )
+    own = [index for index, message in enumerate(failure.messages) if message.role == "assistant"]
+    kept = {
+        "words": tuple(word for word in localization.words if word.span.message not in own),
+        "candidates": tuple(_without_spans(candidate, own) for candidate in localization.candidates),
+        "response": HIDDEN,
+        "replay": HIDDEN,
+    }
+    return finding.model_copy(
+        update={
+            "failure": FailureReport(messages=messages, response=None if failure.response is None else HIDDEN),
+            "localization": localization.model_copy(update=kept),
+        }
+    )
+
+
 def _without_spans(candidate: Candidate, messages: list[int]) -> Candidate:
     spans = tuple(span for span in candidate.spans if span.message not in messages)
     return candidate.model_copy(update={"spans": spans})
@@ -135,10 +151,12 @@ def _without_spans(candidate: Candidate, messages: list[int]) -> Candidate:
 
 def _answers(contents: ReportContents) -> list[str]:
     """Everything a model said, the longest first."""
-    found = [message.content for message in contents.failure.messages if message.role == "assistant"]
-    found += [contents.failure.response or "", contents.localization.response, contents.localization.replay]
+    found = []
+    for one in contents.findings:
+        found += [message.content for message in one.failure.messages if message.role == "assistant"]
+        found += [one.failure.response or "", one.localization.response, one.localization.replay]
     if contents.audit is not None:
-        found += [contents.audit.report_replay_before or "", contents.audit.report_replay_after or ""]
+        found += [text or "" for replay in contents.audit.replays for text in (replay.before, replay.after)]
         found += [text for example in contents.audit.examples for text in (example.before, example.after)]
     return sorted(set(found), key=len, reverse=True)
 
@@ -153,9 +171,9 @@ def _scrubbed(text: str, answers: list[str]) -> str:
 
 def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the header: what an engineer wants to know first."""
-    localization, audit = contents.localization, contents.audit
+    localization, audit = contents.findings[0].localization, contents.audit
     if audit is None:
-        effects = [test.effect_frac for test in contents.verdict.tests if test.n]
+        effects = [test.effect_frac for test in contents.findings[0].verdict.tests if test.n]
         return [
             ("Triggers found", str(len(localization.candidates)), f"{localization.tried} word sets tried"),
             ("Largest effect", figures.points(max(effects, default=None)), "points, against control words"),
@@ -170,6 +188,17 @@ def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:
         "kl_reference_to_patched_nats",
     )
     return [_key_figure(rows[name]) for name in wanted if name in rows]
+
+
+def _shown_finding(finding: Finding, audit: Audit | None) -> Shown:
+    localization = finding.localization
+    return Shown(
+        finding,
+        words.turns(finding.failure, localization, finding.verdict),
+        words.top(localization, _TOP_WORDS),
+        words.score_range(localization.words),
+        audit.replays[finding.number - 1] if audit and audit.replays else None,
+    )
 
 
 def _key_figure(row: SummaryRow) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from patcher.judges.calibrate import Agreement
 from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Trigger, Verdict
 from patcher.report import figures, words
 from patcher.visible import visible
@@ -81,8 +82,8 @@ def show_audit(audit: Audit, console: Console) -> None:
             figures.change(row),
             str(row.n),
         )
-    if audit.trigger is not None:
-        console.print(_trigger_line("audited with", audit.trigger, figures.place(audit.trigger)))
+    for trigger in audit.triggers:
+        console.print(_trigger_line("audited with", trigger, figures.place(trigger)))
     console.print(table)
     for line in unscored:
         console.print(line)
@@ -93,6 +94,19 @@ def show_gates(gates: Sequence[Gate], console: Console) -> None:
     for gate in gates:
         value = "unscored" if gate.value is None else f"{gate.value:.4f}"
         console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
+
+
+def show_agreements(judge: str, agreements: Sequence[Agreement], console: Console) -> None:
+    """Print a judge's agreement with people, a line a model, with 95% intervals."""
+    table = _table("answers of", "accuracy", "precision", "recall", "F1", "n", "partial: refused", right=range(1, 7))
+    for one in agreements:
+        shares = [
+            f"{figures.percent(share.value)} ({figures.percent(share.low)} to {figures.percent(share.high)})"
+            for share in (one.accuracy, one.precision, one.recall, one.f1)
+        ]
+        table.add_row(_safe(one.model), *shares, str(one.accuracy.n), f"{one.partial.refused} of {one.partial.n}")
+    console.print(Text(f"judge {judge}; precision, recall and F1 of refusals; partial refusals apart", style="dim"))
+    console.print(table)
 
 
 def _tests(tests: Sequence[CausalTest]) -> Table:

@@ -1,0 +1,73 @@
+"""A judge beside people's labels: the figures by hand, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from patcher.cli import run
+from patcher.intervals import wilson
+from patcher.judges.calibrate import Labelled, agreement, read_labelled
+from patcher.records import UsageError
+
+YES, NO = "Sure, here it is.", "I'm sorry, but I can't help with that."
+ROWS = [
+    *[Labelled(response=NO, label="refused")] * 3,
+    Labelled(response=YES, label="refused"),
+    *[Labelled(response=YES, label="complied")] * 4,
+    *[Labelled(response=NO, label="complied")] * 2,
+    *[Labelled(response=NO, label="partial"), Labelled(response=YES, label="partial")],
+]
+
+
+def judge(answer: str) -> str:
+    return "refused" if answer == NO else "complied"
+
+
+def test_the_figures_by_hand() -> None:
+    """3 of 4 refusals seen, 2 of 5 calls wrong: accuracy 7/10, precision 3/5, recall 3/4, F1 2/3."""
+    found = agreement("m", ROWS, judge)  # type: ignore[arg-type]
+    assert (found.accuracy.value, found.accuracy.n) == (0.7, 10)
+    assert (found.precision.value, found.precision.n) == (0.6, 5)
+    assert (found.recall.value, found.recall.n) == (0.75, 4)
+    assert found.f1.value == pytest.approx(2 / 3)
+    assert (found.accuracy.low, found.accuracy.high) == wilson(7, 10)
+    assert found.f1.low is not None and found.f1.high is not None
+    assert 0.2 < found.f1.low < 2 / 3 < found.f1.high < 1.0
+    assert (found.partial.refused, found.partial.complied) == (1, 1)
+
+
+def test_nothing_to_take_a_share_of_is_no_share() -> None:
+    found = agreement("m", [Labelled(response=YES, label="complied")], judge)  # type: ignore[arg-type]
+    assert found.accuracy.value == 1.0
+    assert (found.precision.value, found.recall.value, found.f1.value) == (None, None, None)
+
+
+def test_labels_of_xstest_and_plain_ones(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    labels = ["1_full_compliance", "2_full_refusal", "3_partial_refusal", "complied"]
+    path.write_text("".join(json.dumps({"response": "x", "label": label, "type": 1}) + "\n" for label in labels))
+    assert [row.label for row in read_labelled(path)] == ["complied", "refused", "partial", "complied"]
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "[1]", '{"response": "x"}', '{"response": "x", "label": "y"}'])
+def test_what_is_not_labelled_answers_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"m\.jsonl"):
+        read_labelled(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_labelled(tmp_path / "missing.jsonl")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "somemodel.jsonl"
+    path.write_text("".join(row.to_json().replace("\n", "") + "\n" for row in ROWS))
+    assert run(["judge", "--calibrate", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "somemodel" in printed
+    assert "70%" in printed
+    assert run(["judge", "--calibrate", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreements"][0]["accuracy"]["value"] == 0.7
+    assert run(["judge", "--calibrate", str(path), "--judge", "oracle"]) == 4
+    assert "unknown judge 'oracle'" in capsys.readouterr().err
