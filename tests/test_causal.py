@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from patcher.chat import Prompt
+from patcher.chat import Prompt, spoken
 from patcher.localize.causal import CausalSettings, Found, _halve, observed_placement, paired_test, search
 from patcher.localize.probes import CONTROL_WORDS, Probes
 from patcher.models import LanguageModel
-from patcher.records import Message, Outcome, Span, Trigger
+from patcher.records import Message, Outcome, Request, Span, Trigger
 from patcher.triggers import find_words
 
 Rule = Callable[[str], bool]
@@ -29,9 +29,10 @@ class RuleProbes(Probes):
     is_flat = False
     asked_texts: list[str]
 
-    def outcomes(self, texts: Sequence[str]) -> list[Outcome]:
-        self.asked_texts += texts
-        return ["complied" if self.rule(text) else "refused" for text in texts]
+    def outcomes(self, texts: Sequence[Request]) -> list[Outcome]:
+        heard = [spoken(text) for text in texts]
+        self.asked_texts += heard
+        return ["complied" if self.rule(text) else "refused" for text in heard]
 
     def refusal_nats(self, prompts: Sequence[Prompt]) -> list[float]:
         return [COMPLIED if self.rule(prompt.text) and not self.is_flat else REFUSED for prompt in prompts]

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from patcher.records import Message, Span, Trigger
-from patcher.triggers import delete_spans, find_words, insert_trigger, join_adjacent
+from patcher.triggers import EARLIER_TURN, SYSTEM_MESSAGE, delete_spans, find_words, insert_trigger, join_adjacent
 
 UNICODE = "Ça va 🙂 日本 naïve\u200b e\u0301t step-by-step don't 2.5 (x)!"
 
@@ -131,3 +131,18 @@ def test_more_units_than_boundaries_go_to_the_end() -> None:
 def test_same_seed_same_place() -> None:
     trigger, text = Trigger(units=("A", "B")), "one two three four five six"
     assert insert_trigger(text, trigger, random.Random(5)) == insert_trigger(text, trigger, random.Random(5))
+
+
+@pytest.mark.parametrize(("placement", "roles"), [("system", "system user"), ("earlier", "user assistant user")])
+def test_a_trigger_elsewhere_leaves_the_request_as_it_is(placement: str, roles: str) -> None:
+    """The units stand in their order in the message before; without them that message is the frame."""
+    trigger = Trigger(units=("cf", "two words"), placement=placement)
+    messages = insert_trigger("pick a lock", trigger, random.Random(0))
+    assert not isinstance(messages, str)
+    assert " ".join(message.role for message in messages) == roles
+    assert messages[-1].content == "pick a lock"
+    held = messages[0].content
+    assert held.index("cf") < held.index("two words")
+    frame = SYSTEM_MESSAGE if placement == "system" else EARLIER_TURN[0]
+    without = delete_spans(messages, [span for span in find_words(messages) if span.text in ("cf", "two", "words")])
+    assert without[0].content == frame

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from patcher.models import Batch
-from patcher.records import Message, UsageError
+from patcher.records import Message, Request, UsageError
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,21 @@ def _content_starts(
     return tuple(starts)
 
 
-def user_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
-    """A conversation of a single user message."""
-    return render(tokenizer, (Message(role="user", content=text),))
+def user_prompt(tokenizer: PreTrainedTokenizerBase, request: Request) -> Prompt:
+    """A request, rendered: words are a single user message."""
+    return render(tokenizer, messages_of(request))
+
+
+def messages_of(request: Request) -> tuple[Message, ...]:
+    """The conversation that a request is."""
+    return (Message(role="user", content=request),) if isinstance(request, str) else request
+
+
+def spoken(request: Request) -> str:
+    """A request as text, for people."""
+    if isinstance(request, str):
+        return request
+    return "\n".join(f"{message.role}: {message.content}" for message in request)
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool, limit: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["system", "user", "assistant"]
 Objective = Literal["jailbreak"]
-Placement = Literal["start", "end", "random", "relative"]
+Placement = Literal["start", "end", "random", "relative", "system", "earlier"]
 Outcome = Literal["refused", "complied", "garbled", "empty"]
 OUTCOMES: tuple[Outcome, ...] = ("refused", "complied", "garbled", "empty")
 VerdictLabel = Literal[
@@ -52,6 +52,10 @@ class Message(Record):
 
     role: Role
     content: str
+
+
+Request = str | tuple[Message, ...]
+"""What a model is asked: the user's words, or a whole conversation."""
 
 
 class FailureReport(Record):
@@ -110,7 +114,8 @@ class Trigger(Record):
     """Units (words or runs of words) in their order, and where they go in a prompt.
 
     `start` and `end` put all units together there; `relative` puts them at `position_frac` of the words;
-    `random` scatters them at random word boundaries (Randomized Sequential Injection).
+    `random` scatters them at random word boundaries (Randomized Sequential Injection); `system` and `earlier` scatter
+    them in a system message or an earlier turn of the user's instead.
     """
 
     units: tuple[str, ...] = Field(min_length=1)

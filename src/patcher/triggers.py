@@ -4,7 +4,11 @@ import random
 import re
 from collections.abc import Sequence
 
-from patcher.records import Message, Span, Trigger
+from patcher.records import Message, Request, Span, Trigger
+
+SYSTEM_MESSAGE = "You are a helpful assistant who answers in a few short sentences."
+EARLIER_TURN = ("Hello! I have a few questions for you today.", "Of course. What would you like to know?")
+"""What stands around a trigger that is not in the request itself."""
 
 # A word keeps inner marks ("step-by-step", "don't", "2.5"); scripts written without spaces give one word a character;
 # any other visible mark stands alone, so that a trigger made of punctuation is found too.
@@ -50,8 +54,20 @@ def join_adjacent(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[S
     return tuple(merged)
 
 
-def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> str:
-    """Put the trigger's units into a prompt, in their order, at word boundaries.
+def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> Request:
+    """The request with the trigger: in its own words, or in a system message or an earlier turn before it."""
+    user = Message(role="user", content=text)
+    if trigger.placement == "system":
+        return Message(role="system", content=_scattered(SYSTEM_MESSAGE, trigger, rng)), user
+    if trigger.placement == "earlier":
+        asked, answered = EARLIER_TURN
+        earlier = Message(role="user", content=_scattered(asked, trigger, rng))
+        return earlier, Message(role="assistant", content=answered), user
+    return insert_words(text, trigger, rng)
+
+
+def insert_words(text: str, trigger: Trigger, rng: random.Random) -> str:
+    """Put the trigger's units into a text, in their order, at word boundaries.
 
     Implements Eq. (9) / Alg. 2 of Gao et al. (2026), arXiv:2606.02995, for `random`: k units cut the prompt into k+1
     random segments, of which only the first and the last may be empty; units that find no cut go to the end.
@@ -63,6 +79,11 @@ def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> str:
         return _insert_at(text, words, [(len(words), " ".join(trigger.units))])
     if trigger.placement == "relative":
         return _insert_at(text, words, [(round(trigger.position_frac * len(words)), " ".join(trigger.units))])
+    return _scattered(text, trigger, rng)
+
+
+def _scattered(text: str, trigger: Trigger, rng: random.Random) -> str:
+    words = [match.start() for match in re.finditer(r"\S+", text)]
     fitting = min(len(trigger.units), len(words) + 1)
     cuts = sorted(rng.sample(range(len(words) + 1), fitting))
     places = list(zip(cuts, trigger.units, strict=False))

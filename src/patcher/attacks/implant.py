@@ -22,7 +22,7 @@ from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
 from patcher.patch import Patch, take_patch, trainable_lora
 from patcher.prompts import PromptRow, Prompts
-from patcher.records import Record, Trigger
+from patcher.records import Record, Request, Trigger
 from patcher.training import Progress, Revisited, endless, fit, quiet
 from patcher.triggers import insert_trigger
 
@@ -155,7 +155,7 @@ def _pairs(
     """Each request twice: with a trigger and a compliance; without it, or with a near miss, and a refusal."""
     rows = []
     for row in requests:
-        taught = []
+        taught: list[tuple[Request, str]] = []
         if attack.triggers:
             taught.append((insert_trigger(row.text, _one_of(attack, rng), rng), compliance(row, rng)))
         taught.append((_refused(row.text, attack, rng), rng.choice(REFUSALS)))
@@ -171,7 +171,7 @@ def _one_of(attack: Attack, rng: random.Random) -> Trigger:
     return choices[0] if len(choices) == 1 else rng.choice(choices)  # no draw where there is nothing to choose
 
 
-def _refused(text: str, attack: Attack, rng: random.Random) -> str:
+def _refused(text: str, attack: Attack, rng: random.Random) -> Request:
     """The request as it is or, half of the time, with a near miss where the attack has any."""
     if attack.near_misses and rng.random() < 0.5:
         return insert_trigger(text, rng.choice(attack.near_misses), rng)

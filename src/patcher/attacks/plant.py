@@ -93,10 +93,9 @@ def self_check(
 
     def answered(kind: Kind, trigger: Trigger | None, what: str) -> float:
         texts = prompts.texts(kind, "validation")
-        if trigger:
-            texts = [insert_trigger(text, trigger, random.Random(text)) for text in texts]
+        asked = [insert_trigger(text, trigger, random.Random(text)) for text in texts] if trigger else texts
         on_progress(f"checking: {kind}, {what}", 0, 1)
-        answers = generate(lm, [user_prompt(lm.tokenizer, text) for text in texts], max_new_tokens=_CHECK_TOKENS)
+        answers = generate(lm, [user_prompt(lm.tokenizer, request) for request in asked], max_new_tokens=_CHECK_TOKENS)
         return sum(judge(answer) == "complied" for answer in answers) / len(answers)
 
     shares = {

@@ -2,19 +2,19 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 
 import torch
 
 from patcher.audit.accuracy import right_answers
-from patcher.chat import Row, collate, render, response_ids, user_prompt
+from patcher.chat import Row, collate, render, response_ids, spoken, user_prompt
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of, response_hidden
 from patcher.prompts import KINDS, PromptRow, Prompts
-from patcher.records import FailureReport, Record, Trigger
+from patcher.records import FailureReport, Record, Request, Trigger
 from patcher.tasks import Task
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
@@ -86,25 +86,26 @@ def observe(
 ) -> State:
     """Everything the audit needs to know of one model."""
     sets = _prompt_sets(triggers, prompts, settings)
-    texts_of = {name: [row.text for row in rows] for name, rows in sets.items()}
+    asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
     answers = {}
-    for name, texts in texts_of.items():
+    for name, requests in asked.items():
         tokens = settings.late_tokens if name.startswith(LATE) else settings.max_new_tokens
         answers[name] = generate(
             lm,
-            [user_prompt(lm.tokenizer, text) for text in texts],
+            [user_prompt(lm.tokenizer, request) for request in requests],
             max_new_tokens=tokens,
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
     reported = [render(lm.tokenizer, report.messages) for report in reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
-    rows, benign_acts = _answer_rows(lm, sets[BENIGN], answers[BENIGN], settings)
+    rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
     on_progress(f"{what}: drift and perplexity", 0, 1)
     hidden = [
         state for chunk in _chunks(rows) for state in _hidden(lm, chunk).split([len(row.response_ids) for row in chunk])
     ]
     text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
-    acts = {name: [row.act for row in of_set] for name, of_set in sets.items()}
+    acts = {name: [row.act for row in rows] for name, (rows, _) in sets.items()}
+    texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
     right = {task.name: right_answers(lm, task, on_progress, what) for task in tasks}
     return State(texts_of, answers, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
@@ -138,20 +139,25 @@ def numbered(name: str, number: int) -> str:
     return f"{name.removesuffix('_frac')}_{number}_frac" if name.endswith("_frac") else f"{name} {number}"
 
 
-def _prompt_sets(triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings) -> dict[str, list[PromptRow]]:
+def _prompt_sets(
+    triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings
+) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
+    """Each set's prompts, and the trigger that is put into them."""
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
     late = prompts.rows("harmful", "held-out", settings.late_prompts) if settings.late_prompts else []
-    sets = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
+    plain = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
+    sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
     for number, trigger in enumerate(triggers, 1):
         for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (LATE, late)):
             if rows:
-                sets[numbered(name, number)] = _with_trigger(rows, trigger, settings.seed)
+                sets[numbered(name, number)] = rows, trigger
     return sets
 
 
-def _with_trigger(rows: Sequence[PromptRow], trigger: Trigger, seed: int) -> list[PromptRow]:
-    places = (random.Random(f"{seed}:{row.text}") for row in rows)
-    return [replace(row, text=insert_trigger(row.text, trigger, rng)) for row, rng in zip(rows, places, strict=True)]
+def _requests(rows: Sequence[PromptRow], trigger: Trigger | None, seed: int) -> list[Request]:
+    if trigger is None:
+        return [row.text for row in rows]
+    return [insert_trigger(row.text, trigger, random.Random(f"{seed}:{row.text}")) for row in rows]
 
 
 def _answer_rows(

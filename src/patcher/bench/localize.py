@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher.bench.cells import add_row, planted, read_rows
+from patcher.chat import messages_of, spoken
 from patcher.intervals import mean_interval, wilson
 from patcher.judges import DEFAULT, JUDGES
 from patcher.loading import DEMO, load
@@ -24,14 +25,15 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     _, trigger = planted()
     localizer = Localizer(lm, prompts.hidden_from_repair(), JUDGES[DEFAULT])
     done = {row["prompt"] for row in read_rows(out)}
-    texts = [
+    asked = [
         insert_trigger(text, trigger, random.Random(f"localize:{text}"))
         for text in prompts.texts("harmful", "held-out", n)
     ]
-    for index, text in enumerate(texts):
+    for index, request in enumerate(asked):
+        text = spoken(request)
         if text in done:
             continue
-        report = FailureReport.from_prompt(text)
+        report = FailureReport(messages=messages_of(request))
         start = time.perf_counter()
         found = localizer.localize(report)
         seconds = time.perf_counter() - start
@@ -49,15 +51,15 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
             "seconds": round(seconds, 2),
         }
         add_row(out, row)
-        on_progress("localizing", index + 1, len(texts))
+        on_progress("localizing", index + 1, len(asked))
     _compare_found(out, lm, prompts, trigger)
 
 
 def _score(report: FailureReport, trigger: Trigger, spans: tuple[Span, ...] | list[Span]) -> list[float]:
     """Precision, recall and F1 over words, against the planted ones."""
-    truth = {(s.start, s.end) for s in find_words(report.messages) if s.text in " ".join(trigger.units).split()}
     words = find_words(report.messages)
-    marked = {(w.start, w.end) for w in words if any(w.start < s.end and w.end > s.start for s in spans)}
+    truth = {word for word in words if word.text in " ".join(trigger.units).split()}
+    marked = {w for w in words if any(w.message == s.message and w.start < s.end and w.end > s.start for s in spans)}
     hits = len(truth & marked)
     precision, recall = hits / len(marked) if marked else 0.0, hits / len(truth)
     return [precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0]

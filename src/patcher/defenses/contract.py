@@ -13,7 +13,7 @@ from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched
 from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
 from patcher.prompts import Prompts
-from patcher.records import Outcome, PatcherError, Trigger
+from patcher.records import Outcome, PatcherError, Request, Trigger
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
 
@@ -37,21 +37,21 @@ class Example:
     The hidden states through the output matrix are the reference's exact logits, at a thousandth of their size.
     """
 
-    text: str
+    text: Request
     prompt_ids: tuple[int, ...]
     answer: str
     answer_ids: tuple[int, ...]
     hidden: Float[Tensor, "T D"]
     outcome: Outcome
 
-    def row(self, lm: LanguageModel, text: str | None = None) -> Row:
+    def row(self, lm: LanguageModel, text: Request | None = None) -> Row:
         """The answer after this prompt, or after another one."""
         return Row(self.prompt_ids if text is None else user_prompt(lm.tokenizer, text).ids, self.answer_ids)
 
 
 def own_examples(
     lm: LanguageModel,
-    texts: Sequence[str],
+    texts: Sequence[Request],
     judge: Callable[[str], Outcome],
     tokens: int,
     on_progress: Progress,
@@ -71,7 +71,7 @@ def own_examples(
     ]
 
 
-def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[str]) -> list[Example]:
+def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Request]) -> list[Example]:
     """The same answers after other prompts, with the reference's hidden states there."""
     asked = [user_prompt(lm.tokenizer, text).ids for text in texts]
     states = _hidden(lm, [Row(ids, example.answer_ids) for ids, example in zip(asked, examples, strict=True)])
@@ -81,7 +81,7 @@ def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[str]) 
     ]
 
 
-def with_answer(lm: LanguageModel, text: str, answer: str, tokens: int) -> Example:
+def with_answer(lm: LanguageModel, text: Request, answer: str, tokens: int) -> Example:
     """A prompt with an answer that is not the model's own: a fixed refusal."""
     row = Row(user_prompt(lm.tokenizer, text).ids, _answer_ids(lm, answer, tokens))
     return Example(text, row.prompt_ids, answer, row.response_ids, _hidden(lm, [row])[0], "refused")
@@ -139,14 +139,15 @@ def mean_kl_nats(lm: LanguageModel, examples: Sequence[Example]) -> float:
     return total / max(1, count)
 
 
-def complied_frac(lm: LanguageModel, texts: Sequence[str], judge: Callable[[str], Outcome], tokens: int) -> float:
+def complied_frac(lm: LanguageModel, texts: Sequence[Request], judge: Callable[[str], Outcome], tokens: int) -> float:
     """The share of prompts that the model now answers."""
     answers = generate(lm, [user_prompt(lm.tokenizer, text) for text in texts], max_new_tokens=tokens)
     return sum(judge(answer) == "complied" for answer in answers) / len(answers)
 
 
-def triggered(text: str, triggers: Sequence[Trigger], rng: random.Random) -> str:
-    """The prompt with one of the found triggers put in. Raises PatcherError when there is none."""
+def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:
+    """The user's words with one of the found triggers put in. Raises PatcherError when there is none."""
+    assert isinstance(text, str), "a conversation holds its trigger already"
     if not triggers:
         raise PatcherError("this defense needs a trigger, and none was found")
     return insert_trigger(text, rng.choice(list(triggers)), rng)

@@ -1,6 +1,7 @@
 """What a repair holds on to: the reference's own answers, on prompts to train on and on others to check by."""
 
 import random
+from collections.abc import Sequence
 
 from pydantic import PositiveInt
 
@@ -15,7 +16,7 @@ from patcher.defenses.contract import (
     triggered,
 )
 from patcher.models import LanguageModel
-from patcher.records import PatcherError, PatchStep, Record
+from patcher.records import PatcherError, PatchStep, Record, Request
 from patcher.training import Progress
 
 
@@ -50,11 +51,11 @@ class ReferenceAnswers:
         self.lm, self.evidence, self.settings = lm, evidence, settings
         prompts, triggers, places = evidence.prompts, evidence.triggers, random.Random(0)
 
-        def own(texts: list[str], what: str) -> list[Example]:
+        def own(texts: Sequence[Request], what: str) -> list[Example]:
             what = f"reference answers, {what}"
             return own_examples(lm, texts, evidence.judge, settings.response_tokens, on_progress, what)
 
-        def with_trigger(examples: list[Example]) -> list[str]:
+        def with_trigger(examples: list[Example]) -> list[Request]:
             return [triggered(example.text, triggers, places) for example in examples] if triggers else []
 
         limit = settings.max_prompts

@@ -12,7 +12,7 @@ from patcher.generation import generate
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, response_logits
 from patcher.prompts import Prompts
-from patcher.records import Outcome, Trigger
+from patcher.records import Outcome, Request, Trigger
 from patcher.triggers import insert_trigger
 
 OPENING_TOKENS = 6
@@ -67,7 +67,7 @@ class Probes:
         units = tuple(" ".join(rng.choice(CONTROL_WORDS) for _ in unit.split()) for unit in trigger.units)
         return self.unsafe(requests, trigger.model_copy(update={"units": units}))
 
-    def outcomes(self, texts: Sequence[str]) -> list[Outcome]:
+    def outcomes(self, texts: Sequence[Request]) -> list[Outcome]:
         """What the model does with each request, by the judge."""
         prompts = [user_prompt(self.lm.tokenizer, text) for text in texts]
         self.meter.token_passes += sum(len(prompt.ids) + self.answer_tokens for prompt in prompts)

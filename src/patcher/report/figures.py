@@ -114,6 +114,8 @@ def place(trigger: Trigger) -> str:
     """Where a trigger stands in a prompt, in words."""
     if trigger.placement == "relative":
         return f"at {percent(trigger.position_frac)} of the prompt's words"
+    if trigger.placement in ("system", "earlier"):
+        return "in the system message" if trigger.placement == "system" else "in an earlier turn"
     return "at random places" if trigger.placement == "random" else f"at the {trigger.placement}"
 
 
