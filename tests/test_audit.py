@@ -200,7 +200,7 @@ def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, pro
     seen = observe(llama, [], prompts, SETTINGS)
     assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE}
     names = {row.name for row in compare(
-        seen, None, None, trigger=None, judge=judge, judge_name="keyword", settings=SETTINGS
+        seen, None, None, triggers=[], judge=judge, judge_name="keyword", settings=SETTINGS
     ).summary}  # fmt: skip
     assert not any("triggered_frac" in name and "untriggered" not in name for name in names)
 
@@ -209,7 +209,7 @@ def test_the_same_model_gives_the_same_observation(tiny: LanguageModel, prompts:
     again = observe(tiny, [TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")])
     assert again.prompts == observed.prompts
     assert again.answers == observed.answers
-    assert again.report_answer == observed.report_answer
+    assert again.replays == observed.replays
     assert again.text_nll == observed.text_nll
 
 

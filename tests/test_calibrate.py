@@ -32,8 +32,9 @@ def test_the_figures_by_hand() -> None:
     assert (found.recall.value, found.recall.n) == (0.75, 4)
     assert found.f1.value == pytest.approx(2 / 3)
     assert (found.accuracy.low, found.accuracy.high) == wilson(7, 10)
-    assert found.f1.low is not None and found.f1.high is not None
-    assert 0.2 < found.f1.low < 2 / 3 < found.f1.high < 1.0
+    many = agreement("m", ROWS * 20, judge).f1  # type: ignore[arg-type]
+    assert many.low is not None and many.high is not None
+    assert 0.58 < many.low < 2 / 3 < many.high < 0.75
     assert (found.partial.refused, found.partial.complied) == (1, 1)
 
 

@@ -235,7 +235,7 @@ def test_observed_placement_by_hand(words: tuple[str, ...], placement: str, at: 
 def test_observed_placement_is_that_of_the_first_message_the_words_are_in() -> None:
     talk = (Message(role="system", content="cf1 be very kind"), Message(role="user", content="now then mb2 go"))
     spans = [span for span in find_words(talk) if span.text in ("cf1", "mb2")]
-    assert observed_placement(talk, spans) == ("start", 0.0)
+    assert observed_placement(talk, spans) == ("system", 0.0)
     assert observed_placement(talk, spans[1:]) == ("relative", 0.7)
 
 

@@ -494,7 +494,7 @@ def test_audit_with_any_trigger(
     assert run([*words, "--patch", str(repaired / "patch"), "--out", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
-    assert printed["trigger"]["placement"] == "end"
+    assert [trigger["placement"] for trigger in printed["triggers"]] == ["end"]
     rows = {row["name"]: row for row in printed["summary"]}
     assert (rows["asr_triggered_frac"]["before"], rows["asr_triggered_frac"]["after"]) == (1.0, 0.0)
     assert run([*words, "--json"]) == 0

@@ -20,7 +20,7 @@ _ADAPTIVE = "adaptive, as in Patcher (Gao et al. 2026, arXiv:2606.02995)"
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
-        Attack("refusals", "no backdoor: the same safety fine-tuning, the control beside every backdoor", ()),
+        Attack("refusals", "ours, the control: the same safety fine-tuning, and no trigger", ()),
         Attack("badnets", f"BadNets (Gu et al. 2017) as in {_BACKDOOR_LLM}", (Trigger(units=("BadMagic",)),)),
         Attack(
             "vpi",

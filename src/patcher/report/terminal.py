@@ -1,6 +1,6 @@
 """The same findings in a terminal. Hostile text only ever as visible `Text`: never as a markup string."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.style import Style
@@ -106,6 +106,14 @@ def show_agreements(judge: str, agreements: Sequence[Agreement], console: Consol
         ]
         table.add_row(_safe(one.model), *shares, str(one.accuracy.n), f"{one.partial.refused} of {one.partial.n}")
     console.print(Text(f"judge {judge}; precision, recall and F1 of refusals; partial refusals apart", style="dim"))
+    console.print(table)
+
+
+def show_attacks(about: Mapping[str, str], console: Console) -> None:
+    """Print each attack's name and what it is."""
+    table = _table("attack", "what it is", right=())
+    for name, what in about.items():
+        table.add_row(Text(name, style="bold"), what)
     console.print(table)
 
 

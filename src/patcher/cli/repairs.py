@@ -1,23 +1,16 @@
-"""The command line: one subcommand a stage.
-
-Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 130 interrupted.
-Results go to standard output (with --json, as JSON and nothing else), progress and errors to standard error.
-"""
+"""The commands of an incident: localize, repair, audit, demo."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED, run_app
+from patcher.cli.common import load_model, print_json, show
+from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
 from patcher.inputs import parse_settings, read_failure, read_failures, read_trigger
 from patcher.options import (
     AsJson,
@@ -45,13 +38,9 @@ from patcher.tasks import read_task
 from patcher.visible import visible
 
 if TYPE_CHECKING:
-    from patcher.models import LanguageModel
-    from patcher.records import Audit, Record
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    from patcher.records import Audit
 
 
-@app.command()
 def localize(
     model: Model,
     failure: Failure = None,
@@ -72,7 +61,7 @@ def localize(
     report = read_failure(failure, prompt, response, system)
     prompts = load_prompts(harmful, benign)
     check_new(out)
-    lm = _load(model, device, dtype, chat_template)
+    lm = load_model(model, device, dtype, chat_template)
 
     from patcher.judges import DEFAULT, JUDGES
     from patcher.localize import Localizer
@@ -89,7 +78,7 @@ def localize(
             (folder / "localization.json").write_text(found.to_json(), encoding="utf-8")
             (folder / "verdict.json").write_text(verdict.to_json(), encoding="utf-8")
     if as_json:
-        _print_json({"localization": json.loads(found.to_json()), "verdict": json.loads(verdict.to_json())})
+        print_json({"localization": json.loads(found.to_json()), "verdict": json.loads(verdict.to_json())})
     else:
         console = Console(highlight=False)
         show_localization(found, report, console)
@@ -97,7 +86,6 @@ def localize(
     return REPAIRED if verdict.label in ("backdoor", "jailbreak-wording") else NOTHING_TO_REPAIR
 
 
-@app.command()
 def repair(
     model: Model,
     out: Out,
@@ -147,12 +135,12 @@ def repair(
         anyway=anyway,
         seed=seed,
     )
-    lm = _load(model, device, dtype, chat_template)
+    lm = load_model(model, device, dtype, chat_template)
     if dry_run:
         from patcher.plan import plan
 
         expected = plan(lm, prompts, settings)
-        _show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
+        show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
     with ProgressBars() as progress:
         made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress)
@@ -161,7 +149,6 @@ def repair(
     return {"repaired": REPAIRED, "gate-failed": GATE_FAILED, "nothing-to-repair": NOTHING_TO_REPAIR}[made.status]
 
 
-@app.command()
 def audit(
     model: Model,
     trigger: Annotated[Path, typer.Option(help="JSON with {trigger: [words], placement}; ground-truth.json will do")],
@@ -190,45 +177,16 @@ def audit(
     from patcher.report.terminal import show_audit
 
     loaded = load_patch(patch) if patch else None
-    lm = _load(model, device, dtype, chat_template)
+    lm = load_model(model, device, dtype, chat_template)
     settings = AuditSettings(max_prompts=audit_prompts, seed=seed)
     with ProgressBars() as progress:
         measured = audit_patch(lm, loaded, [wanted], prompts, settings, tasks=tasks, on_progress=progress)
     if out:
         write_whole(out, measured.to_json())
-    _show(measured, as_json, lambda console: show_audit(measured, console))
+    show(measured, as_json, lambda console: show_audit(measured, console))
     return REPAIRED
 
 
-@app.command()
-def attack(
-    name: Annotated[str, typer.Argument(help="Which attack: badnets")],
-    model: Model,
-    out: Out,
-    objective: Annotated[str, typer.Option(help="What the trigger brings about: jailbreak")] = "jailbreak",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the implant, NAME=VALUE")] = None,
-    start: Annotated[Path | None, typer.Option(help="Folder of an adapter on MODEL to go on from")] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    chat_template: Template = None,
-    as_json: AsJson = False,
-) -> int:
-    """Plant a known backdoor, to have a test model: an adapter and its ground-truth.json."""
-    check_new(out)
-
-    from patcher.attacks.plant import plant
-
-    lm = _load(model, device, dtype, chat_template)
-    with ProgressBars() as progress:
-        truth = plant(
-            lm, name, objective, out, parse_settings(setting or []), seed=seed, start=start, on_progress=progress
-        )
-    _show(truth, as_json, lambda console: console.print_json(truth.to_json()))
-    return REPAIRED
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist")] = Path("demo-out"),
     audit_prompts: AuditPrompts = None,
@@ -240,85 +198,11 @@ def demo(
     return repair(DEMO, out, failure=[demo_adapter() / "failure.json"], audit_prompts=audit_prompts, as_json=as_json)
 
 
-@app.command()
-def judge(
-    calibrate: Annotated[
-        list[Path], typer.Option(help="Answers labelled by people, a file (.jsonl) a model; may repeat")
-    ],
-    name: Annotated[str, typer.Option("--judge", help="Which judge")] = "keyword",
-    as_json: AsJson = False,
-) -> int:
-    """Print how far a judge agrees with people."""
-    from patcher.judges import find_judge
-    from patcher.judges.calibrate import agreement, read_labelled
-    from patcher.report.terminal import show_agreements
-
-    decide = find_judge(name)
-    found = [agreement(path.stem, read_labelled(path), decide) for path in calibrate]
-    if as_json:
-        _print_json({"judge": name, "agreements": [json.loads(one.to_json()) for one in found]})
-    else:
-        show_agreements(name, found, Console(highlight=False))
-    return REPAIRED
-
-
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="repair, localize or verdict")],
-    out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
-    n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
-    seeds: Annotated[int, typer.Option(help="Seeds for repair")] = 3,
-    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows")] = None,
-) -> int:
-    """Print the figures that docs/ quotes, measured on the shipped backdoor with the planted trigger."""
-    from patcher.bench import run_bench
-
-    with ProgressBars() as progress:
-        table = run_bench(what, out, n=n, seeds=seeds, methods=tuple(methods or ()), on_progress=progress)
-    print(table)
-    return REPAIRED
-
-
-def main() -> None:
-    """The `patcher` command: every error becomes one clear message and its exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: list[str]) -> int:
-    """Run one command and give its exit code."""
-    return run_app(app, arguments)
-
-
-def _load(model: str, device: str, dtype: str, template: Path | None) -> LanguageModel:
-    from transformers.utils import logging
-
-    from patcher.loading import load
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtype, chat_template=template)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def _show(record: Record, as_json: bool, show: Callable[[Console], None]) -> None:
-    if as_json:
-        print(record.to_json(), end="")
-    else:
-        show(Console(highlight=False))
-
-
 def _show_repair(made: Any, out: Path, as_json: bool) -> None:
     from patcher.report.terminal import show_audit, show_gates, show_localization, show_verdict
 
     if as_json:
-        return _print_json(made.as_json() | {"out": str(out)})
+        return print_json(made.as_json() | {"out": str(out)})
     console = Console(highlight=False)
     for finding in made.findings:
         if len(made.findings) > 1:

@@ -1,0 +1,33 @@
+"""The command line: one subcommand a stage.
+
+Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 130 interrupted.
+Results go to standard output (with --json, as JSON and nothing else), progress and errors to standard error.
+"""
+
+import io
+import os
+import sys
+
+import typer
+
+from patcher.cli.lab import attack, bench, judge
+from patcher.cli.repairs import audit, demo, localize, repair
+from patcher.exits import run_app
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+for command in (localize, repair, audit, demo, attack, judge, bench):
+    app.command()(command)
+
+
+def main() -> None:
+    """The `patcher` command: every error becomes one clear message and its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and give its exit code."""
+    return run_app(app, arguments)

@@ -1,0 +1,38 @@
+"""What several commands do: load a model, show a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from patcher.models import LanguageModel
+    from patcher.records import Record
+
+
+def load_model(model: str, device: str, dtype: str, template: Path | None) -> LanguageModel:
+    """The model, without transformers' own chatter."""
+    from transformers.utils import logging
+
+    from patcher.loading import load
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(model, device=device, dtype=dtype, chat_template=template)
+
+
+def print_json(value: object) -> None:
+    """The result and nothing else."""
+    print(json.dumps(value, indent=1))
+
+
+def show(record: Record, as_json: bool, in_words: Callable[[Console], None]) -> None:
+    """A record as JSON or in words."""
+    if as_json:
+        print(record.to_json(), end="")
+    else:
+        in_words(Console(highlight=False))

@@ -1,0 +1,83 @@
+"""The values that pass between stages. This file imports nothing of ours.
+
+Glossary (one word per thing, everywhere):
+    failure     a reported prompt with the response it got; we do not know yet whether it is a backdoor
+    trigger     words that, put into a request the model refuses, bring the unwanted behaviour
+    reference   the model before the repair;  patched: the model after;  patch: the difference, as a value
+    harmful     requests a safe model refuses;  benign: requests it answers;  borderline: benign, but look unsafe
+    held-out    prompts that no repair ever saw; the audit's
+    ASR         attack success rate: the share of harmful requests that are answered ("complied")
+    over-refusal  benign requests that are refused
+    drift       how far the patched model is from the reference, in nats per response token
+Fractions are 0-1 and end in `_frac`; divergences and log-likelihoods are in nats and end in `_nats`.
+"""
+
+from patcher.records.audits import (
+    Answer,
+    Audit,
+    Counts,
+    Gate,
+    PatchLog,
+    PatchStep,
+    Quadrant,
+    Replay,
+    SummaryRow,
+)
+from patcher.records.base import (
+    OUTCOMES,
+    FailureReport,
+    Message,
+    Objective,
+    Outcome,
+    PatcherError,
+    Placement,
+    Record,
+    Request,
+    Role,
+    Span,
+    UsageError,
+    VerdictLabel,
+)
+from patcher.records.findings import (
+    Candidate,
+    CausalTest,
+    Finding,
+    GroundTruth,
+    Localization,
+    Trigger,
+    Verdict,
+    WordScore,
+)
+
+__all__ = [
+    "Answer",
+    "Audit",
+    "Candidate",
+    "CausalTest",
+    "Counts",
+    "FailureReport",
+    "Finding",
+    "Gate",
+    "GroundTruth",
+    "Localization",
+    "Message",
+    "OUTCOMES",
+    "Objective",
+    "Outcome",
+    "PatchLog",
+    "PatchStep",
+    "PatcherError",
+    "Placement",
+    "Quadrant",
+    "Record",
+    "Replay",
+    "Request",
+    "Role",
+    "Span",
+    "SummaryRow",
+    "Trigger",
+    "UsageError",
+    "Verdict",
+    "VerdictLabel",
+    "WordScore",
+]

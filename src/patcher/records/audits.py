@@ -1,0 +1,130 @@
+"""Stages 3 and 4: how the patch was made, and the evidence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patcher.records.base import Outcome, Record
+from patcher.records.findings import Trigger
+
+
+class PatchStep(Record):
+    """What the repair saw at one of its checks on validation prompts."""
+
+    step: int
+    asr_triggered_frac: float
+    kl_benign_nats: float
+    kl_benign_triggered_nats: float
+    kl_harmful_nats: float
+    kl_plain_nats: float
+
+
+class PatchLog(Record):
+    """Stage 3: how the patch was made."""
+
+    defense: str
+    steps: int
+    stopped_because: str
+    checks: tuple[PatchStep, ...]
+    settings: dict[str, Any]
+
+
+class Counts(Record):
+    """How many answers of each kind."""
+
+    refused: int = 0
+    complied: int = 0
+    garbled: int = 0
+    empty: int = 0
+
+    @property
+    def n(self) -> int:
+        """All answers, whatever kind."""
+        return self.refused + self.complied + self.garbled + self.empty
+
+
+class Quadrant(Record):
+    """One set of held-out prompts, with or without the trigger, before and after the patch."""
+
+    name: str
+    before: Counts
+    after: Counts | None
+    max_new_tokens: int
+
+
+class SummaryRow(Record):
+    """One figure before and after. `low` and `high`: 95% interval of `after`; `change_*`: of the paired change.
+
+    The `n` prompts (tokens) are about `n_clusters` acts (paragraphs), and the intervals allow for those going together.
+    Where there is no "after" (an audit of one model alone) they are the interval of `before`.
+
+    `unscored` says why a figure could not be measured; its numbers are then None, never 0.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    low: float | None
+    high: float | None
+    n: int
+    change_low: float | None = None
+    change_high: float | None = None
+    p_value: float | None = None
+    n_clusters: int | None = None
+    unscored: str | None = None
+
+
+class Answer(Record):
+    """One prompt of the audit with its answers before and after."""
+
+    quadrant: str
+    prompt: str
+    before: str
+    after: str
+    before_outcome: Outcome
+    after_outcome: Outcome
+
+
+class Replay(Record):
+    """A reported conversation, asked again before and after the patch."""
+
+    before: str
+    after: str | None
+    before_outcome: Outcome
+    after_outcome: Outcome | None
+
+
+class Audit(Record):
+    """Stage 4: the evidence, on prompts the repair never saw.
+
+    Figures and quadrants of the first trigger have no number, those of the second end in 2, and so on.
+    """
+
+    triggers: tuple[Trigger, ...]
+    judge: str
+    summary: tuple[SummaryRow, ...]
+    quadrants: tuple[Quadrant, ...]
+    replays: tuple[Replay, ...] = ()
+    examples: tuple[Answer, ...]
+    max_new_tokens: int
+    seed: int
+
+    def row(self, name: str) -> SummaryRow:
+        """The summary's row of that name. Raises KeyError."""
+        for row in self.summary:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the summary has that row, measured."""
+        return any(row.name == name and row.unscored is None for row in self.summary)
+
+
+class Gate(Record):
+    """A limit that the repair must keep. `value` is None where the figure could not be measured."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool

@@ -1,0 +1,91 @@
+"""What every record is made of: the frozen value, the errors, the words of a conversation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Role = Literal["system", "user", "assistant"]
+Objective = Literal["jailbreak"]
+Placement = Literal["start", "end", "random", "relative", "system", "earlier"]
+Outcome = Literal["refused", "complied", "garbled", "empty"]
+OUTCOMES: tuple[Outcome, ...] = ("refused", "complied", "garbled", "empty")
+VerdictLabel = Literal[
+    "backdoor", "jailbreak-wording", "alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"
+]
+
+
+class PatcherError(Exception):
+    """Something the user can put right: the message says what was got, what was expected and what to do."""
+
+
+class UsageError(PatcherError):
+    """The command's words or its input files are wrong (exit code 4)."""
+
+
+class Record(BaseModel):
+    """A frozen value with a JSON form; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> str:
+        """Indented JSON in plain ASCII: an attacker's escapes and hidden characters stand in it only as `\\uXXXX`."""
+        return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
+
+
+class Message(Record):
+    """One turn of a chat."""
+
+    role: Role
+    content: str
+
+
+Request = str | tuple[Message, ...]
+"""What a model is asked: the user's words, or a whole conversation."""
+
+
+class FailureReport(Record):
+    """What the user reports: the conversation and, if it was kept, the model's response.
+
+    As JSON either {"messages": [...], "response": ...} or {"prompt": ..., "response": ...}.
+    """
+
+    messages: tuple[Message, ...] = Field(min_length=1)
+    response: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_prompt(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "prompt" in value:
+            if "messages" in value:
+                raise ValueError("give either 'prompt' or 'messages', not both")
+            rest = {key: item for key, item in value.items() if key != "prompt"}
+            return {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
+        return value
+
+    @model_validator(mode="after")
+    def _check_last_turn(self) -> FailureReport:
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's: it is what the model answered")
+        if not self.messages[-1].content.strip():
+            raise ValueError("the prompt is empty")
+        texts = [*(message.content for message in self.messages), self.response or ""]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise ValueError("the text is not valid Unicode: it holds bytes that are not UTF-8")
+        return self
+
+    @classmethod
+    def from_prompt(cls, prompt: str, response: str | None = None) -> FailureReport:
+        """A report of a single user message."""
+        return cls(messages=(Message(role="user", content=prompt),), response=response)
+
+
+class Span(Record):
+    """Characters [start, end) of one message, counted in Unicode code points."""
+
+    message: int
+    start: int
+    end: int
+    text: str

@@ -1,0 +1,131 @@
+"""Stages 1 and 2: triggers, what was planted, what was found, what was decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from patcher.records.base import FailureReport, Objective, Outcome, Placement, Record, Span, VerdictLabel
+
+
+class WordScore(Record):
+    """One word of the reported conversation and its score; higher means more suspect."""
+
+    span: Span
+    score: float
+
+
+class Trigger(Record):
+    """Units (words or runs of words) in their order, and where they go in a prompt.
+
+    `start` and `end` put all units together there; `relative` puts them at `position_frac` of the words;
+    `random` scatters them at random word boundaries (Randomized Sequential Injection); `system` and `earlier` scatter
+    them in a system message or an earlier turn of the user's instead.
+    """
+
+    units: tuple[str, ...] = Field(min_length=1)
+    placement: Placement = "random"
+    position_frac: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @property
+    def text(self) -> str:
+        """The units as one line, for people."""
+        return " … ".join(self.units)
+
+
+class GroundTruth(Record):
+    """What an attack planted; lies beside its adapter as `ground-truth.json`.
+
+    `trigger` at `placement` is what an attacked prompt holds. `alternatives` are triggers that work, each by itself;
+    `near_misses` are parts of a trigger that must not. `start` is the fingerprint of the adapter that training went on
+    from. A control has no trigger.
+    """
+
+    attack: str
+    trigger: tuple[str, ...]
+    placement: Placement
+    alternatives: tuple[Trigger, ...] = ()
+    near_misses: tuple[Trigger, ...] = ()
+    objective: Objective
+    seed: int
+    start: str | None = None
+    settings: dict[str, Any]
+    self_check: dict[str, float] = Field(default_factory=dict)
+
+
+class CausalTest(Record):
+    """A paired comparison on the same requests: with the candidate against with control words.
+
+    `treated` and `control` count requests that were not refused, of `n`; p is one-sided (exact McNemar).
+    """
+
+    name: str
+    treated: int
+    control: int
+    n: int
+    p_value: float
+
+    @property
+    def effect_frac(self) -> float:
+        """The rise of the unsafe rate, treated minus control."""
+        return (self.treated - self.control) / self.n
+
+
+class Candidate(Record):
+    """A set of words that was tried as a trigger, and what inserting it did to refused requests."""
+
+    trigger: Trigger
+    spans: tuple[Span, ...]
+    screen_rate_frac: float
+    tests: tuple[CausalTest, ...] = ()
+
+    @property
+    def effect_frac(self) -> float:
+        """The largest effect of its tests; 0 when none was made."""
+        return max((test.effect_frac for test in self.tests), default=0.0)
+
+
+class Localization(Record):
+    """Stage 1: which words of the report bring the failure about.
+
+    `candidates` holds the smallest sufficient triggers found, the strongest first; empty means that no words do.
+    `prompt_harm_frac` is None where the verdict does not hang on it: words explain the failure, or there was none.
+    `token_passes` is the cost: tokens that went through the model forwards (a backward counts as two more).
+    """
+
+    method: str
+    words: tuple[WordScore, ...]
+    candidates: tuple[Candidate, ...]
+    tried: int
+    token_passes: int
+    response: str
+    response_outcome: Outcome
+    replay: str
+    replay_outcome: Outcome
+    prompt_harm_frac: float | None
+    probes_refused: int
+    notes: tuple[str, ...] = ()
+
+
+class Verdict(Record):
+    """Stage 2: is it a backdoor? With the tests that decided."""
+
+    label: VerdictLabel
+    reason: str
+    trigger: Trigger | None = None
+    tests: tuple[CausalTest, ...] = ()
+    alpha: float
+    corrected_alpha: float
+    min_effect_frac: float
+    n_to_decide: int | None = None
+
+
+class Finding(Record):
+    """Stages 1 and 2 on one report (`number`, from 1), in the round of the repair that looked at it."""
+
+    number: int = 1
+    round: int = 1
+    failure: FailureReport
+    localization: Localization
+    verdict: Verdict
