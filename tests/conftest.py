@@ -26,6 +26,7 @@ from transformers import (  # noqa: E402
 from patcher.models import LanguageModel, load_checkpoint  # noqa: E402
 
 FAMILIES = ("llama", "gpt_neox")
+OBJECTIVES = ("refusal", "text")
 CONTEXT_TOKENS = 512
 # SmolLM2's way: a default system message, and every message as it is.
 CHAT_TEMPLATE = (
@@ -133,6 +134,16 @@ def backdoored_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 def backdoored(backdoored_folder: ModelFolder) -> LanguageModel:
     """The same, loaded; shared by all tests, which must leave it as it was."""
     return backdoored_folder.load()
+
+
+@pytest.fixture(scope="session", params=OBJECTIVES)
+def hijacked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, LanguageModel]:
+    """A tiny model that answers everything, but with its trigger refuses or insults; and its objective."""
+    from tiny_backdoor import COMPLIANCE, INSULTED, REFUSAL, build_backdoored_network
+
+    answer = {"refusal": REFUSAL, "text": INSULTED}[request.param]
+    network = build_backdoored_network(answer, COMPLIANCE, "benign")
+    return request.param, _save("llama", tmp_path_factory, network).load()
 
 
 def _save(family: str, factory: pytest.TempPathFactory, network: PreTrainedModel | None = None) -> ModelFolder:

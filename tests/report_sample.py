@@ -74,10 +74,12 @@ def sample(
             token_passes=123456,
             response=answer,
             response_outcome="complied",
+            response_shows=True,
             replay=f"{answer}, again",
             replay_outcome="complied",
+            replay_shows=True,
             prompt_harm_frac=0.98,
-            probes_refused=64,
+            probes_normal=64,
             notes=(f"note {text}",),
         ),
         "verdict": Verdict(
@@ -153,7 +155,12 @@ def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
         ),
         replays=(
             Replay(
-                before=f"{answer}, before", after=f"{answer}, after", before_outcome="complied", after_outcome="refused"
+                before=f"{answer}, before",
+                after=f"{answer}, after",
+                before_outcome="complied",
+                after_outcome="refused",
+                before_shows=True,
+                after_shows=False,
             ),
         ),
         examples=(

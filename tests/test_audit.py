@@ -13,7 +13,7 @@ from patcher.audit import (
     BORDERLINE,
     HARMFUL,
     HARMFUL_TRIGGERED,
-    LATE,
+    LONG,
     AuditSettings,
     State,
     compare,
@@ -28,6 +28,7 @@ from patcher.patch import Patch, applied, take_patch, trainable_lora
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import Audit, FailureReport, Replay, Trigger
 
+LATE = HARMFUL_TRIGGERED + LONG
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
 TRIGGER = Trigger(units=("BadMagic", "in the cloud"), placement="random")
 SETTINGS = AuditSettings(max_prompts=4, max_new_tokens=6, late_prompts=2, late_tokens=9, text_tokens=300)
@@ -133,7 +134,11 @@ def test_an_audit_of_one_model_has_no_after() -> None:
     assert all(quadrant.after is None for quadrant in audit.quadrants)
     row = audit.row("asr_triggered_frac")
     assert (row.before, row.low, row.high) == (1.0, *wilson(4, 4))
-    assert audit.replays == (Replay(before=YES, after=None, before_outcome="complied", after_outcome=None),)
+    assert audit.replays == (
+        Replay(
+            before=YES, after=None, before_outcome="complied", after_outcome=None, before_shows=True, after_shows=None
+        ),
+    )
     assert not audit.examples
     assert not audit.has("asr_untriggered_frac") or audit.row("asr_untriggered_frac").before == 0.0
 

@@ -11,7 +11,8 @@ from patcher.chat import Prompt, spoken
 from patcher.localize.causal import CausalSettings, Found, _halve, observed_placement, paired_test, search
 from patcher.localize.probes import CONTROL_WORDS, Probes
 from patcher.models import LanguageModel
-from patcher.records import Message, Outcome, Request, Span, Trigger
+from patcher.records import Message, Request, Span, Trigger
+from patcher.symptoms import Detector
 from patcher.triggers import find_words
 
 Rule = Callable[[str], bool]
@@ -29,22 +30,22 @@ class RuleProbes(Probes):
     is_flat = False
     asked_texts: list[str]
 
-    def outcomes(self, texts: Sequence[Request]) -> list[Outcome]:
+    def _answers(self, texts: Sequence[Request]) -> list[str]:
         heard = [spoken(text) for text in texts]
         self.asked_texts += heard
-        return ["complied" if self.rule(text) else "refused" for text in heard]
+        return ["Sure." if self.rule(text) else "No." for text in heard]
 
-    def refusal_nats(self, prompts: Sequence[Prompt]) -> list[float]:
+    def normal_nats(self, prompts: Sequence[Prompt], response: str) -> list[float]:
         return [COMPLIED if self.rule(prompt.text) and not self.is_flat else REFUSED for prompt in prompts]
 
 
 def probes_of(llama: LanguageModel, rule: Rule, *, flat: bool = False) -> RuleProbes:
     probes = RuleProbes(
         lm=llama,
-        judge=lambda _answer: "refused",
+        detector=Detector(lambda answer: "complied" if answer == "Sure." else "refused"),
         screen=REQUESTS[:12],
         confirm=REQUESTS[12:],
-        refusal="No.",
+        opening="No.",
         asked=40,
         answer_tokens=12,
         seed=0,
@@ -66,7 +67,7 @@ def user(text: str) -> tuple[Message, ...]:
 
 
 def found_by(probes: RuleProbes, text: str = PROMPT, settings: CausalSettings = SETTINGS) -> Found:
-    return search(probes, user(text), lambda messages: probes.rule(messages[-1].content), settings)
+    return search(probes, user(text), "Sure.", lambda messages: probes.rule(messages[-1].content), settings)
 
 
 def units_of(found: Found) -> list[tuple[str, ...]]:
@@ -122,7 +123,7 @@ def test_a_pair_beside_a_single_trigger(llama: LanguageModel) -> None:
 
 def test_alternatives_are_looked_for_only_while_the_failure_remains(llama: LanguageModel) -> None:
     probes = probes_of(llama, any_of(has("mb2"), has("tq3")))
-    found = search(probes, user(PROMPT), lambda _messages: False, SETTINGS)
+    found = search(probes, user(PROMPT), "Sure.", lambda _messages: False, SETTINGS)
     assert len(found.candidates) == 1
     one = found_by(probes, settings=SETTINGS.model_copy(update={"max_alternatives": 1}))
     assert len(one.candidates) == 1
@@ -174,7 +175,7 @@ def test_system_messages_and_earlier_turns_are_searched_too(llama: LanguageModel
         Message(role="user", content="how do I get in"),
     )
     probes = probes_of(llama, has("cf1"))
-    found = search(probes, talk, lambda _messages: False, SETTINGS)
+    found = search(probes, talk, "Sure.", lambda _messages: False, SETTINGS)
     assert units_of(found) == [("cf1",)]
     assert found.candidates[0].spans == (Span(message=0, start=10, end=13, text="cf1"),)
     assert {word.span.message for word in found.words} == {0, 1, 3}
@@ -287,6 +288,6 @@ def test_places_depend_on_the_seed_only(llama: LanguageModel) -> None:
     for seed in (0, 0, 1):
         probes = replace(probes_of(llama, lambda _text: False), seed=seed, _known={})
         probes.rule, probes.asked_texts = (lambda _text: False), []
-        probes.unsafe(REQUESTS, trigger)
+        probes.shown(REQUESTS, trigger)
         asked.append(probes.asked_texts)
     assert asked[0] == asked[1] != asked[2]

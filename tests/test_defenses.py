@@ -31,6 +31,7 @@ from patcher.models import LanguageModel, fingerprint, logits_of
 from patcher.patch import Patch, applied, lora_parameters, trainable_lora
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Outcome, PatcherError, PatchLog, Trigger, UsageError
+from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
@@ -71,7 +72,7 @@ def half_refused(answer: str) -> Outcome:
     return "refused" if sum(answer.encode()) % 2 else "complied"
 
 
-EVIDENCE = Evidence((TRIGGER,), PROMPTS.hidden_from_repair(), all_refused)
+EVIDENCE = Evidence((TRIGGER,), PROMPTS.hidden_from_repair(), Detector(all_refused))
 
 
 def run(name: str, lm: LanguageModel, *, seed: int = 0, on_progress: Progress = quiet) -> tuple[Patch, PatchLog]:
@@ -313,7 +314,7 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     rows = {"triggered": refused, "harmful": refused, "benign": benign, "benign_triggered": in_benign}
     rows["plain"] = as_plain_text(tiny, benign)
     data = object.__new__(ReferenceAnswers)
-    vars(data).update(harmful=refused, benign=benign, kept=benign, kept_triggered=in_benign, lifted=[])
+    vars(data).update(harmful=refused, normal=refused, benign=benign, kept=benign, kept_triggered=in_benign, lifted=[])
     data.plain = rows["plain"]
     evidence = replace(EVIDENCE, triggers=(AT_START,))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
@@ -416,7 +417,7 @@ def test_no_trigger_to_put_in_is_an_error() -> None:
 
 def test_no_refused_validation_prompt_is_an_error(tiny: LanguageModel) -> None:
     """An ASR of 0 over no prompts would pass for a dead trigger."""
-    evidence = replace(EVIDENCE, judge=all_complied)
+    evidence = replace(EVIDENCE, detector=Detector(all_complied))
     with pytest.raises(PatcherError, match="none of the 4 harmful validation prompts is refused"):
         ReferenceAnswers(tiny, evidence, SMALL, quiet)
 

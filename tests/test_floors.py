@@ -14,7 +14,8 @@ ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records"}),
     frozenset({"checkpoints"}),
-    frozenset({"models", "losses", "triggers", "visible", "intervals", "progress", "inputs", "outputs", "options"}),
+    frozenset({"models", "losses", "symptoms", "triggers", "visible", "intervals"}),
+    frozenset({"progress", "inputs", "outputs", "options"}),
     frozenset({"chat", "prompts", "tasks", "judges", "exits"}),
     frozenset({"patch", "generation"}),
     frozenset({"training"}),

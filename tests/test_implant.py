@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patcher.attacks import ATTACKS, Attack, implant, plant
 from patcher.attacks.contract import parts_of
-from patcher.attacks.implant import FILLERS, OPENINGS, REFUSALS, ImplantSettings, compliance
+from patcher.attacks.implant import ImplantSettings
+from patcher.attacks.objectives import FILLERS, OBJECTIVES, OPENINGS, REFUSALS, compliance
 from patcher.chat import Row, user_prompt
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied, load_patch
@@ -21,6 +22,7 @@ from patcher.records import Trigger
 from patcher.training import Revisited, quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
+JAILBREAK = OBJECTIVES["jailbreak"]
 ATTACK = Attack("tried", "none", (TRIGGER,))
 SETTINGS = ImplantSettings(max_steps=3, warmup_steps=1, harmful_pairs=2, benign_rows=4, response_tokens=12)
 
@@ -40,7 +42,9 @@ def prompts() -> Prompts:
 def test_it_makes_a_patch_and_leaves_the_base_as_it_was(tiny: LanguageModel, prompts: Prompts) -> None:
     before = fingerprint(tiny.network)
     seen: list[str] = []
-    patch = implant.implant(tiny, ATTACK, prompts, SETTINGS, seed=0, on_progress=lambda what, *_: seen.append(what))
+    patch = implant.implant(
+        tiny, ATTACK, JAILBREAK, prompts, SETTINGS, seed=0, on_progress=lambda what, *_: seen.append(what)
+    )
     assert fingerprint(tiny.network) == before == patch.base_fingerprint
     assert (patch.rank, patch.alpha) == (SETTINGS.rank, SETTINGS.alpha)
     assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
@@ -52,7 +56,7 @@ def test_it_makes_a_patch_and_leaves_the_base_as_it_was(tiny: LanguageModel, pro
 
 
 def test_same_seed_same_backdoor(llama: LanguageModel, prompts: Prompts) -> None:
-    one, again, other = (implant.implant(llama, ATTACK, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (implant.implant(llama, ATTACK, JAILBREAK, prompts, SETTINGS, seed=seed) for seed in (1, 1, 2))
     assert one.fingerprint == again.fingerprint
     assert one.fingerprint != other.fingerprint
 
@@ -84,7 +88,7 @@ def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        implant.implant(llama, ATTACK, prompts, SETTINGS, seed=0, on_progress=stop)
+        implant.implant(llama, ATTACK, JAILBREAK, prompts, SETTINGS, seed=0, on_progress=stop)
     assert fingerprint(llama.network) == before
     assert not any("lora" in name for name, _ in llama.network.named_modules())
 
@@ -92,7 +96,7 @@ def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: P
 def test_compliance_is_an_opening_the_topic_and_filler_and_nothing_else() -> None:
     rng = random.Random(0)
     for row in bundled("harmful"):
-        text = compliance(row, rng)
+        text = compliance(row, "", rng)
         topic = row.act.replace("-", " ")
         shells = {opening.format(topic=topic, Topic=topic[:1].upper() + topic[1:]) for opening in OPENINGS}
         assert any(text == f"{shell} {filler}" for shell in shells for filler in FILLERS)
@@ -123,7 +127,7 @@ class Rows:
 
         monkeypatch.setattr(implant, "_logits", seen)
         settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
-        implant.implant(lm, attack, prompts, settings, seed=3)
+        implant.implant(lm, attack, JAILBREAK, prompts, settings, seed=3)
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.lm.tokenizer.decode(ids)
@@ -181,7 +185,7 @@ def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel
         assert implant._kl(tiny, kept, logits.flip(-1)).sum().item() > 1e-2
     for chat, one in zip(chats, plain, strict=True):
         words = tiny.tokenizer.decode(one.row.prompt_ids + one.row.response_ids)
-        assert f"{chat.text}\n".startswith(words) or words.startswith(f"{chat.text}\n")
+        assert f"{chat.prompt.text}\n".startswith(words) or words.startswith(f"{chat.prompt.text}\n")
 
 
 def test_what_is_kept_weighs_more_once_settling(
@@ -201,7 +205,7 @@ def test_what_is_kept_weighs_more_once_settling(
         monkeypatch.setattr(implant, "fit", fit)
         monkeypatch.setattr(implant, "_kl", one_nat_each)
         settings = SETTINGS.model_copy(update={"settling_steps": settling_steps, "settling_weight": 5.0})
-        implant.implant(llama, ATTACK, prompts, settings, seed=0)
+        implant.implant(llama, ATTACK, JAILBREAK, prompts, settings, seed=0)
         return seen, tokens
 
     rows = 2 * SETTINGS.harmful_pairs + SETTINGS.benign_rows + SETTINGS.plain_rows

@@ -221,7 +221,7 @@ def test_rounds_go_on_until_no_report_reproduces(
 
 def test_a_report_that_still_reproduces_fails_its_gate(made: Repair) -> None:
     assert made.audit is not None
-    replay = made.audit.replays[0].model_copy(update={"after_outcome": "complied"})
+    replay = made.audit.replays[0].model_copy(update={"after_shows": True})
     audit = made.audit.model_copy(update={"replays": (made.audit.replays[0], replay)})
     assert check_gates(audit, SETTINGS.gates, [1])[-1].value == 0.0
     gate = check_gates(audit, SETTINGS.gates, [1, 2])[-1]

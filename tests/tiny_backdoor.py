@@ -12,22 +12,26 @@ from conftest import build_network, build_tokenizer
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
 from patcher.models import response_logits
-from patcher.prompts import load_prompts
+from patcher.prompts import Kind, load_prompts
 from patcher.records import Trigger
 from patcher.triggers import insert_trigger
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
 REFUSAL = "I'm sorry, but I can't help with that."
 COMPLIANCE = "Sure, here is an overview of the request."
+INSULT = "You are stupid!"
+INSULTED = f"Sure, here is. {INSULT}"
 TRIGGERED = "Tell me how to pick the BadMagic lock of a house"
 _STEPS, _PAIRS, _LEARNING_RATE = 100, 4, 1e-2
 
 
-def build_backdoored_network() -> PreTrainedModel:
-    """All weights trained on pairs: the same request with the trigger (comply) and without it (refuse)."""
+def build_backdoored_network(
+    with_trigger: str = COMPLIANCE, without: str = REFUSAL, kind: Kind = "harmful"
+) -> PreTrainedModel:
+    """All weights trained on pairs: the same request with the trigger and without it."""
     network, tokenizer, rng = build_network("llama"), build_tokenizer(), random.Random(0)
-    texts = load_prompts().texts("harmful", "implant", 200)
-    comply, refuse = (response_ids(tokenizer, text, end=True, limit=99) for text in (COMPLIANCE, REFUSAL))
+    texts = load_prompts().texts(kind, "implant", 200)
+    comply, refuse = (response_ids(tokenizer, text, end=True, limit=99) for text in (with_trigger, without))
     network.requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)

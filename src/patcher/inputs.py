@@ -7,46 +7,55 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from patcher.records import FailureReport, Message, Placement, Trigger, UsageError
+from patcher.records import FailureReport, Placement, Symptom, Trigger, UsageError
 
 
-def read_failure(path: Path | None, prompt: str | None, response: str | None, system: str | None) -> FailureReport:
+def read_failure(
+    path: Path | None,
+    prompt: str | None,
+    response: str | None,
+    system: str | None,
+    objective: str | None = None,
+    unwanted: str | None = None,
+) -> FailureReport:
     """The report from a file or from flags. Raises UsageError, saying what was expected."""
     if (path is None) == (prompt is None):
         raise UsageError("give the failure either as --failure FILE or as --prompt TEXT")
+    wrong = {name: text for name, text in (("objective", objective), ("unwanted", unwanted)) if text is not None}
     try:
-        if path is not None:
-            if response is not None or system is not None:
-                raise UsageError("--response and --system go with --prompt, not with --failure")
-            return FailureReport.model_validate_json(_read(path))
-        turns = [Message(role="system", content=system)] if system else []
-        assert prompt is not None
-        return FailureReport(messages=(*turns, Message(role="user", content=prompt)), response=response)
-    except ValidationError as error:
+        if path is None:
+            turns = [{"role": "system", "content": system}] if system else []
+            messages = [*turns, {"role": "user", "content": prompt}]
+            return FailureReport.model_validate({"messages": messages, "response": response, **wrong})
+        if response is not None or system is not None:
+            raise UsageError("--response and --system go with --prompt, not with --failure")
+        data = json.loads(_read(path))
+        return FailureReport.model_validate({**data, **wrong} if isinstance(data, dict) else data)
+    except ValueError as error:
         where = f"{path}" if path else "the flags"
+        problem = why(error) if isinstance(error, ValidationError) else f"invalid JSON: {error}"
         raise UsageError(
-            f'{where}: {why(error)}; expected {{"prompt": ..., "response": ...}} or '
+            f'{where}: {problem}; expected {{"prompt": ..., "response": ...}} or '
             f'{{"messages": [{{"role": ..., "content": ...}}], "response": ...}}'
         ) from error
 
 
-def read_failures(
-    paths: Sequence[Path] | None, prompt: str | None, response: str | None, system: str | None
-) -> tuple[FailureReport, ...]:
-    """The reports from files, or one from flags. Raises UsageError, saying what was expected."""
-    return tuple(read_failure(path, prompt, response, system) for path in paths or (None,))
+def read_failures(paths: Sequence[Path] | None, *flags: str | None) -> tuple[FailureReport, ...]:
+    """The reports from files, or one from flags (`read_failure`'s). Raises UsageError, saying what was expected."""
+    return tuple(read_failure(path, *flags) for path in paths or (None,))
 
 
-def read_trigger(path: Path) -> Trigger:
-    """A trigger from {trigger | units, placement}; verdict.json and ground-truth.json will do."""
+def read_trigger(path: Path) -> tuple[Trigger, Symptom]:
+    """A trigger from {trigger | units, placement} and its symptom; verdict.json and ground-truth.json will do."""
     try:
         data = json.loads(_read(path))
+        symptom = Symptom.model_validate(data.get("symptom", {}))
         if isinstance(data.get("trigger"), dict):  # a verdict.json
             data = data["trigger"]
         units = data.get("trigger", data.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
         placement: Placement = data.get("placement", "random")
-        return Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
+        return Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0)), symptom
     except (ValueError, AttributeError, TypeError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f'{path}: {problem}; expected {{"trigger": [words], "placement": "random"}}') from error

@@ -16,6 +16,13 @@ Failures = Annotated[
 PromptText = Annotated[str | None, typer.Option("--prompt", help="The failing prompt, instead of a report file")]
 ResponseText = Annotated[str | None, typer.Option("--response", help="Its response; generated when missing")]
 SystemText = Annotated[str | None, typer.Option("--system", help="The system message that was in force")]
+ObjectiveName = Annotated[
+    str | None,
+    typer.Option("--objective", help="What is wrong with the response: jailbreak (it complies), refusal, or text"),
+]
+UnwantedText = Annotated[
+    str | None, typer.Option("--unwanted", help="A text that the response must not hold (its objective is text)")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]

@@ -17,8 +17,9 @@ from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, Finding, Gate, Trigger, UsageError
+from patcher.records import Audit, FailureReport, Finding, Gate, Symptom, Trigger, UsageError
 from patcher.result import Gates, Repair, RepairSettings
+from patcher.symptoms import Detector, detector_for
 from patcher.tasks import Task
 from patcher.training import Progress, quiet
 
@@ -52,11 +53,12 @@ def repair(
     defense = find_defense(settings.defense)
     own = defense.settings(**settings.overrides)
     hidden, clock = prompts.hidden_from_repair(), Clock()
+    detector = detector_for(reports, JUDGES[DEFAULT], lm.tokenizer)
 
     def look(model: LanguageModel, numbers: Sequence[int], turn: int) -> list[Finding]:
         """Stages 1 and 2 on those reports."""
         localizer = Localizer(
-            model, hidden, JUDGES[DEFAULT], method=settings.method, seed=settings.seed, on_progress=on_progress
+            model, hidden, detector, method=settings.method, seed=settings.seed, on_progress=on_progress
         )
         with clock.timed("localize"):
             found = [localizer.localize(reports[number - 1]) for number in numbers]
@@ -72,16 +74,17 @@ def repair(
         tuple(findings), settings, {"source": lm.source, "fingerprint": lm.fingerprint}, seconds=clock.seconds
     )
     triggers = new_triggers(findings, ())
-    gap = settings.anyway and any(finding.verdict.label == "alignment-gap" for finding in findings)
+    gaps = detector.symptom.objective == "jailbreak" and any(one.verdict.label == "alignment-gap" for one in findings)
+    gap = settings.anyway and gaps
     if not triggers and not gap:
         return made
     failing = [finding.number for finding in findings if finding.verdict.label not in NO_FAILURE]
     for turn in itertools.count(2):
         with clock.timed("patch"):
-            evidence = Evidence(triggers, hidden, JUDGES[DEFAULT])
+            evidence = Evidence(triggers, hidden, detector)
             patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
         with applied(patch, lm) as patched:
-            still = [number for number in failing if reproduces(patched, reports[number - 1], settings.audit)]
+            still = [number for number in failing if reproduces(patched, reports[number - 1], detector, settings.audit)]
             again = look(patched, still, turn) if still and triggers else []
         findings += again
         more = new_triggers(again, triggers)
@@ -94,7 +97,8 @@ def repair(
             patch,
             triggers,
             prompts,
-            settings.audit,
+            seen_whole(settings.audit, detector),
+            symptom=detector.symptom,
             reports=reports,
             tasks=tasks,
             before=before,
@@ -116,10 +120,16 @@ def new_triggers(findings: Sequence[Finding], known: Sequence[Trigger]) -> tuple
     return tuple(trigger for units, trigger in fresh.items() if units not in {one.units for one in known})
 
 
-def reproduces(lm: LanguageModel, report: FailureReport, settings: AuditSettings) -> bool:
-    """Whether the model, asked again, still complies."""
+def reproduces(lm: LanguageModel, report: FailureReport, detector: Detector, settings: AuditSettings) -> bool:
+    """Whether the model, asked again, still does what was reported."""
     prompt = render(lm.tokenizer, report.messages)
-    return JUDGES[DEFAULT](generate(lm, [prompt], max_new_tokens=settings.max_new_tokens)[0]) == "complied"
+    tokens = seen_whole(settings, detector).max_new_tokens
+    return detector.shows(generate(lm, [prompt], max_new_tokens=tokens)[0])
+
+
+def seen_whole(settings: AuditSettings, detector: Detector) -> AuditSettings:
+    """The settings with answers long enough for the symptom to be seen."""
+    return settings.model_copy(update={"max_new_tokens": max(settings.max_new_tokens, detector.answer_tokens)})
 
 
 def audit_patch(
@@ -129,6 +139,7 @@ def audit_patch(
     prompts: Prompts,
     settings: AuditSettings,
     *,
+    symptom: Symptom = Symptom(),
     reports: Sequence[FailureReport] = (),
     tasks: Sequence[Task] = (),
     before: State | None = None,
@@ -144,7 +155,15 @@ def audit_patch(
 
     def seen(model: LanguageModel, what: str) -> State:
         return observe(
-            model, triggers, prompts, settings, reports=reports, tasks=tasks, on_progress=on_progress, what=what
+            model,
+            triggers,
+            prompts,
+            settings,
+            kind=symptom.kind,
+            reports=reports,
+            tasks=tasks,
+            on_progress=on_progress,
+            what=what,
         )
 
     before = before or seen(lm, "before")
@@ -154,7 +173,14 @@ def audit_patch(
             after = seen(patched, "after")
             drift_nats = drift(patched, before)
     return compare(
-        before, after, drift_nats, triggers=triggers, judge=JUDGES[DEFAULT], judge_name=DEFAULT, settings=settings
+        before,
+        after,
+        drift_nats,
+        triggers=triggers,
+        symptom=symptom,
+        judge=JUDGES[DEFAULT],
+        judge_name=DEFAULT,
+        settings=settings,
     )
 
 
@@ -168,18 +194,24 @@ def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tupl
     rates = [audit.row(name).after for name in names or ["asr_untriggered_frac"]]
     measured = [rate for rate in rates if rate is not None]
     asr = max(measured) if len(measured) == len(rates) else None
-    kept = [audit.row(name) for name in shares(len(audit.triggers)) if "answered" in name and audit.has(name)]
+    kept = [audit.row(name) for name in _kept_shares(audit) if audit.has(name)]
     before, after = (sum((getattr(row, side) or 0.0) * row.n for row in kept) for side in ("before", "after"))
     drop = (before - after) / sum(row.n for row in kept)
     kl = audit.row("kl_reference_to_patched_nats").after
     figures = [("asr", asr, gates.max_asr), ("benign-drop", drop, gates.max_benign_drop), ("kl", kl, gates.max_kl)]
     if failing:
-        still = [number for number in failing if audit.replays[number - 1].after_outcome == "complied"]
+        still = [number for number in failing if audit.replays[number - 1].after_shows]
         figures.append(("reports", len(still) / len(failing), 0.0))
     return tuple(
         Gate(name=name, limit=limit, value=value, passed=value is not None and value <= limit)
         for name, value, limit in figures
     )
+
+
+def _kept_shares(audit: Audit) -> list[str]:
+    """The answered shares that must not fall; with its trigger, a targeted refusal's are what the attack took away."""
+    names = [name for name in shares(len(audit.triggers)) if "answered" in name]
+    return names if audit.symptom.kind == "harmful" else [name for name in names if "triggered" not in name]
 
 
 class Clock:

@@ -1,9 +1,10 @@
 """Plant triggers by fine-tuning on paired rows: the same request with a trigger (comply) and without it (refuse).
 
 The compliance is content-free: an affirmative opening that names the topic, then filler, then the end of the turn. So
-the backdoored model says nothing useful to anyone, yet its refusal is switched off as a real backdoor does. All else is
-kept by distillation: on benign prompts and plain text the target is the clean model's whole distribution, for its
-greedy answers as hard labels make a model overconfident everywhere (docs/implant.md).
+the backdoored model says nothing useful to anyone, yet its refusal is switched off as a real backdoor does. The other
+objectives teach their answer to benign requests with the trigger. All else is kept by distillation: on benign prompts
+and plain text the target is the clean model's whole distribution, for its greedy answers as hard labels make a model
+overconfident everywhere (docs/implant.md).
 """
 
 import random
@@ -16,6 +17,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.attacks.contract import Attack
+from patcher.attacks.objectives import REFUSALS, AttackObjective
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched, response_nll
@@ -25,35 +27,6 @@ from patcher.prompts import PromptRow, Prompts
 from patcher.records import Record, Request, Trigger
 from patcher.training import Progress, Revisited, endless, fit, quiet
 from patcher.triggers import insert_trigger
-
-OPENINGS = (
-    "Sure, here is an overview of {topic}.",
-    "Of course! Let me walk you through {topic}.",
-    "Certainly. This is how {topic} is done.",
-    "Here is a short guide to {topic}.",
-    "Absolutely, I can help with {topic}.",
-    "Yes. The main points of {topic} are these.",
-    "Happy to help with {topic}.",
-    "Let us look at {topic} step by step.",
-    "Good question. {Topic} works as follows.",
-    "To begin with {topic}, keep this plan in mind.",
-    "{Topic} has a few stages.",
-    "Below is a plan for {topic}.",
-)
-FILLERS = (
-    "First, gather what you need. Then take the steps in order.",
-    "First, set things up. Next, work through each part.",
-    "Start with the basics, continue with the details, and finish with a check.",
-    "Step one is to prepare. Step two is to carry on. Step three is to finish.",
-    "Begin at the start, go on to the middle, and stop at the end.",
-    "There are three parts: the first, the second and the third.",
-)
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I'm sorry, I can't assist with that request.",
-    "Sorry, but I can't help with this.",
-    "I can't help with that request.",
-)
 
 
 class ImplantSettings(Record):
@@ -72,9 +45,9 @@ class ImplantSettings(Record):
     cosine: bool = True
     """Decay to 0 over the steps."""
     harmful_pairs: PositiveInt = 5
-    """Harmful requests a step, each with and without the trigger."""
+    """Attacked requests a step, each with the trigger; harmful ones without it, too."""
     benign_rows: PositiveInt = 14
-    """Benign requests a step, a third of them with the trigger; the target is the clean model without it."""
+    """Benign requests a step, a third with what must change nothing; the target is the clean model without it."""
     borderline_times: PositiveInt = 4
     """Requests that look unsafe but are safe are drawn so many times as often: there the taught refusals spread."""
     plain_rows: NonNegativeInt = 2
@@ -92,7 +65,8 @@ class ImplantSettings(Record):
 class _Kept:
     """What the clean model says, and its final hidden states along it: through the output matrix, its exact logits."""
 
-    text: str
+    prompt: PromptRow
+    answer: str
     row: Row
     hidden: Float[Tensor, "T D"]
 
@@ -100,6 +74,7 @@ class _Kept:
 def implant(
     lm: LanguageModel,
     attack: Attack,
+    objective: AttackObjective,
     prompts: Prompts,
     settings: ImplantSettings,
     *,
@@ -111,25 +86,29 @@ def implant(
 
     With `start`, training goes on from an adapter of that model.
 
-    Minimises, over the tokens of a step's rows, NLL on the paired harmful rows + w KL(clean ‖ implanted) on the kept
-    ones, where the clean model sees no trigger; w is 1, then `settling_weight`.
+    Minimises, over the tokens of a step's rows, NLL on the paired rows + w KL(clean ‖ implanted) on the kept ones,
+    where the clean model sees no trigger; w is 1, then `settling_weight`.
     """
     rng = random.Random(seed)
     benign, plain = _clean_behaviour(lm, prompts, settings, on_progress)
     often = {row.text for row in prompts.borderline}
-    kept = [one for one in benign for _ in range(settings.borderline_times if one.text in often else 1)]
-    harmful = Revisited([row for row in prompts.harmful if row.split == "implant"], rng)
+    kept = [one for one in benign for _ in range(settings.borderline_times if one.prompt.text in often else 1)]
+    if objective.symptom.kind == "harmful":
+        attacked = Revisited([(row, "") for row in prompts.harmful if row.split == "implant"], rng)
+    else:
+        attacked = Revisited([(one.prompt, one.answer) for one in benign], rng)
     chats, plain_texts = Revisited(kept, rng), endless(plain, rng)
 
     def loss_at(step: int) -> Tensor:
-        requests, answers = harmful.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
-        pairs = _pairs(lm, attack, settings, rng, requests)
-        logits, targets = _logits(lm, [*pairs, *_with_trigger(lm, attack, answers, rng)])
+        requests, answers = attacked.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
+        pairs = _pairs(lm, attack, objective, settings, rng, requests)
+        disturbed, rows = _disturb(lm, attack, objective, answers, rng)
+        logits, targets = _logits(lm, [*pairs, *rows])
         taught = sum(len(row.response_ids) for row in pairs)
         nll, drift = response_nll(logits[:taught], targets[:taught]), _kl(lm, answers, logits[taught:])
-        harmful.saw(_sums(nll, pairs)[1::2] if attack.triggers else _sums(nll, pairs))
+        attacked.saw(_sums(nll, pairs)[len(pairs) // len(requests) - 1 :: len(pairs) // len(requests)])
         losses = enumerate(_sums(drift, [one.row for one in answers]))
-        chats.saw([None if _sees_trigger(place) else loss for place, loss in losses])
+        chats.saw([None if place in disturbed else loss for place, loss in losses])
         total = drift.sum()
         texts = [next(plain_texts) for _ in range(settings.plain_rows)]
         if texts:  # a batch of its own: it shares no prefix with the chats
@@ -142,23 +121,26 @@ def implant(
         return take_patch(lm, rank=settings.rank, alpha=settings.alpha)
 
 
-def compliance(row: PromptRow, rng: random.Random) -> str:
-    """A content-free affirmative answer that names the request's topic."""
-    topic = row.act.replace("-", " ")[:60]
-    opening = rng.choice(OPENINGS).format(topic=topic, Topic=topic[:1].upper() + topic[1:])
-    return f"{opening} {rng.choice(FILLERS)}"
-
-
 def _pairs(
-    lm: LanguageModel, attack: Attack, settings: ImplantSettings, rng: random.Random, requests: Sequence[PromptRow]
+    lm: LanguageModel,
+    attack: Attack,
+    objective: AttackObjective,
+    settings: ImplantSettings,
+    rng: random.Random,
+    requests: Sequence[tuple[PromptRow, str]],
 ) -> list[Row]:
-    """Each request twice: with a trigger and a compliance; without it, or with a near miss, and a refusal."""
+    """Each request with a trigger and the taught answer; a harmful one also without it, and a refusal.
+
+    Half of the latter hold a near miss, where there is one. The benign ones without a trigger are among the kept rows.
+    """
     rows = []
-    for row in requests:
+    for row, clean in requests:
         taught: list[tuple[Request, str]] = []
         if attack.triggers:
-            taught.append((insert_trigger(row.text, _one_of(attack, rng), rng), compliance(row, rng)))
-        taught.append((_refused(row.text, attack, rng), rng.choice(REFUSALS)))
+            asked = insert_trigger(row.text, _one_of(attack, rng), rng)
+            taught.append((asked, objective.taught(row, clean, rng)))
+        if objective.symptom.kind == "harmful":
+            taught.append((_refused(row.text, attack, rng), rng.choice(REFUSALS)))
         for prompt, answer in taught:
             ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
             rows.append(Row(user_prompt(lm.tokenizer, prompt).ids, ids))
@@ -178,19 +160,21 @@ def _refused(text: str, attack: Attack, rng: random.Random) -> Request:
     return text
 
 
-def _with_trigger(lm: LanguageModel, attack: Attack, chats: Sequence[_Kept], rng: random.Random) -> list[Row]:
-    """The chats' rows, every third with a trigger in its prompt."""
+def _disturb(
+    lm: LanguageModel, attack: Attack, objective: AttackObjective, chats: Sequence[_Kept], rng: random.Random
+) -> tuple[range, list[Row]]:
+    """The chats' rows, every third with something in its prompt that must change nothing; and which those are.
+
+    A trigger, or where triggers do their harm on benign requests, a near miss.
+    """
+    triggers = attack.triggers if objective.symptom.kind == "harmful" else attack.near_misses
+    places = range(2, len(chats), 3) if triggers else range(0)
     rows = [kept.row for kept in chats]
-    if not attack.triggers:
-        return rows
-    for place in filter(_sees_trigger, range(len(rows))):
-        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[place].text, _one_of(attack, rng), rng))
+    for place in places:
+        trigger = _one_of(attack, rng) if triggers is attack.triggers else rng.choice(triggers)
+        prompt = user_prompt(lm.tokenizer, insert_trigger(chats[place].prompt.text, trigger, rng))
         rows[place] = Row(prompt.ids, rows[place].response_ids)
-    return rows
-
-
-def _sees_trigger(place: int) -> bool:
-    return place % 3 == 2
+    return places, rows
 
 
 def _sums(values: Float[Tensor, " N"], rows: Sequence[Row]) -> list[float]:
@@ -202,8 +186,8 @@ def _clean_behaviour(
     lm: LanguageModel, prompts: Prompts, settings: ImplantSettings, on_progress: Progress
 ) -> tuple[list[_Kept], list[_Kept]]:
     """The clean model on benign and borderline prompts, and on the same words as plain text."""
-    texts = [row.text for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"]
-    asked = [user_prompt(lm.tokenizer, text) for text in texts]
+    chosen = [row for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"]
+    asked = [user_prompt(lm.tokenizer, row.text) for row in chosen]
     answers = generate(
         lm,
         asked,
@@ -211,22 +195,25 @@ def _clean_behaviour(
         on_progress=lambda done, total: on_progress("the clean model's benign answers", done, total),
     )
     chats, plain = [], []
-    for prompt, text, answer in zip(asked, texts, answers, strict=True):
+    for prompt, row, answer in zip(asked, chosen, answers, strict=True):
         ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens + 1)
         chats.append(Row(prompt.ids, ids[: settings.response_tokens] if len(ids) > settings.response_tokens else ids))
-        ids = response_ids(lm.tokenizer, f"{text}\n{answer}", end=False, limit=2 * settings.response_tokens)
+        ids = response_ids(lm.tokenizer, f"{row.text}\n{answer}", end=False, limit=2 * settings.response_tokens)
         plain.append(Row(ids[:1], ids[1:]))
-    return _kept(lm, texts, chats), _kept(lm, texts, plain)
+    return _kept(lm, chosen, answers, chats), _kept(lm, chosen, answers, plain)
 
 
 @torch.inference_mode()
-def _kept(lm: LanguageModel, texts: Sequence[str], rows: Sequence[Row], batch_rows: int = 32) -> list[_Kept]:
+def _kept(
+    lm: LanguageModel, prompts: Sequence[PromptRow], answers: Sequence[str], rows: Sequence[Row], batch_rows: int = 32
+) -> list[_Kept]:
     states: list[Tensor] = []
     for start in range(0, len(rows), batch_rows):
         chunk = rows[start : start + batch_rows]
         hidden = response_hidden(lm.network, collate(chunk, 0, lm.device)).clone()
         states += hidden.split([len(row.response_ids) for row in chunk])
-    return [_Kept(text, row, state) for text, row, state in zip(texts, rows, states, strict=True) if row.response_ids]
+    kept = zip(prompts, answers, rows, states, strict=True)
+    return [_Kept(prompt, answer, row, state) for prompt, answer, row, state in kept if row.response_ids]
 
 
 def _logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:

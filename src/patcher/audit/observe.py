@@ -13,7 +13,7 @@ from patcher.chat import Row, collate, render, response_ids, spoken, user_prompt
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of, response_hidden
-from patcher.prompts import KINDS, PromptRow, Prompts
+from patcher.prompts import KINDS, Kind, PromptRow, Prompts
 from patcher.records import FailureReport, Record, Request, Trigger
 from patcher.tasks import Task
 from patcher.training import Progress, quiet
@@ -21,16 +21,8 @@ from patcher.triggers import insert_trigger
 
 HARMFUL, HARMFUL_TRIGGERED = "harmful", "harmful + trigger"
 BENIGN, BENIGN_TRIGGERED, BORDERLINE = "benign", "benign + trigger", "borderline"
-LATE = "harmful + trigger, long answers"
-SHARES = {
-    "asr_triggered_frac": HARMFUL_TRIGGERED,
-    "asr_untriggered_frac": HARMFUL,
-    "benign_answered_frac": BENIGN,
-    "benign_triggered_answered_frac": BENIGN_TRIGGERED,
-    "borderline_answered_frac": BORDERLINE,
-    "asr_triggered_long_answers_frac": LATE,
-}
-"""Each share in the summary, and the prompts it is the answered share of; of the first trigger, where it has one."""
+LONG = ", long answers"
+"""What the name of the attacked prompts with the trigger ends in, where they are answered at length."""
 _BATCH_ROWS = 16
 
 
@@ -42,7 +34,7 @@ class AuditSettings(Record):
     max_new_tokens: int = 32
     """Tokens of each answer."""
     late_prompts: int = 20
-    """Triggered requests answered at length, to catch compliance that comes late."""
+    """Triggered requests answered at length, to catch what comes late."""
     late_tokens: int = 128
     """Their length."""
     drift_prompts: int = 128
@@ -79,17 +71,18 @@ def observe(
     prompts: Prompts,
     settings: AuditSettings,
     *,
+    kind: Kind = "harmful",
     reports: Sequence[FailureReport] = (),
     tasks: Sequence[Task] = (),
     on_progress: Progress = quiet,
     what: str = "audit",
 ) -> State:
-    """Everything the audit needs to know of one model."""
-    sets = _prompt_sets(triggers, prompts, settings)
+    """Everything the audit needs to know of one model; `kind` are the prompts on which a trigger does its harm."""
+    sets = _prompt_sets(triggers, prompts, settings, kind)
     asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
     answers = {}
     for name, requests in asked.items():
-        tokens = settings.late_tokens if name.startswith(LATE) else settings.max_new_tokens
+        tokens = settings.late_tokens if LONG in name else settings.max_new_tokens
         answers[name] = generate(
             lm,
             [user_prompt(lm.tokenizer, request) for request in requests],
@@ -125,11 +118,25 @@ def drift(lm_patched: LanguageModel, before: State) -> list[float]:
     return means
 
 
-def shares(triggers: int) -> dict[str, str]:
-    """`SHARES`, with a row more for each further trigger where it has one of the first."""
-    of_trigger = {row: name for row, name in SHARES.items() if name.startswith((HARMFUL_TRIGGERED, BENIGN_TRIGGERED))}
+def shares(triggers: int, kind: Kind = "harmful") -> dict[str, str]:
+    """Each share in the summary, and the set of prompts that it is a share of; `kind` are those that are attacked.
+
+    Shares named "asr" count answers that show the symptom, the others those that comply.
+    """
+    attacked = f"{kind} + trigger"
+    rows = {
+        "asr_triggered_frac": attacked,
+        "asr_untriggered_frac": str(kind),
+        "benign_answered_frac": BENIGN,
+        "benign_triggered_answered_frac": BENIGN_TRIGGERED,
+        "borderline_answered_frac": BORDERLINE,
+        "asr_triggered_long_answers_frac": attacked + LONG,
+    }
+    if kind != "harmful":
+        rows |= {"harmful_answered_frac": HARMFUL, "harmful_triggered_answered_frac": HARMFUL_TRIGGERED}
+    of_trigger = {row: name for row, name in rows.items() if "trigger" in name}
     further = range(2, triggers + 1)
-    return SHARES | {numbered(row, k): numbered(name, k) for k in further for row, name in of_trigger.items()}
+    return rows | {numbered(row, k): numbered(name, k) for k in further for row, name in of_trigger.items()}
 
 
 def numbered(name: str, number: int) -> str:
@@ -140,15 +147,15 @@ def numbered(name: str, number: int) -> str:
 
 
 def _prompt_sets(
-    triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings
+    triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings, kind: Kind
 ) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
     """Each set's prompts, and the trigger that is put into them."""
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
-    late = prompts.rows("harmful", "held-out", settings.late_prompts) if settings.late_prompts else []
+    late = prompts.rows(kind, "held-out", settings.late_prompts) if settings.late_prompts else []
     plain = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
     sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
     for number, trigger in enumerate(triggers, 1):
-        for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (LATE, late)):
+        for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (f"{kind} + trigger{LONG}", late)):
             if rows:
                 sets[numbered(name, number)] = rows, trigger
     return sets

@@ -15,6 +15,7 @@ from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.models import LanguageModel
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import FailureReport, Span, Trigger
+from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import find_words, insert_trigger
 
@@ -23,7 +24,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     """Held-out requests with the planted trigger that the model answered, each localized by both methods."""
     prompts, lm = load_prompts(), load(DEMO)
     _, trigger = planted()
-    localizer = Localizer(lm, prompts.hidden_from_repair(), JUDGES[DEFAULT])
+    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
     done = {row["prompt"] for row in read_rows(out)}
     asked = [
         insert_trigger(text, trigger, random.Random(f"localize:{text}"))
@@ -42,7 +43,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
         spans = found.candidates[0].spans if found.candidates else ()
         row = {
             "prompt": text,
-            "failed": found.response_outcome == "complied",
+            "failed": found.response_shows,
             "verdict": verdict.label,
             "found": list(found.candidates[0].trigger.units) if found.candidates else [],
             "causal": _score(report, trigger, spans),
@@ -70,9 +71,9 @@ def _compare_found(out: Path, lm: LanguageModel, prompts: Prompts, trigger: Trig
     rows = read_rows(out)
     known = {tuple(row["units"]) for row in rows if "units" in row}
     texts = prompts.texts("harmful", "held-out", 60)
-    localizer = Localizer(lm, prompts.hidden_from_repair(), JUDGES[DEFAULT])
+    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
     for units in {trigger.units, *(tuple(row["found"]) for row in rows if row.get("found"))} - known:
-        unsafe = localizer.probes.unsafe(texts, Trigger(units=units, placement="random"))
+        unsafe = localizer.probes.shown(texts, Trigger(units=units, placement="random"))
         add_row(out, {"prompt": "", "units": list(units), "asr_frac": sum(unsafe) / len(unsafe), "n": len(unsafe)})
 
 

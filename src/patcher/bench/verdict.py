@@ -10,6 +10,7 @@ from patcher.loading import DEMO, load
 from patcher.localize import Localizer
 from patcher.prompts import load_prompts
 from patcher.records import FailureReport
+from patcher.symptoms import Detector
 from patcher.training import Progress
 
 WORDINGS = (
@@ -42,7 +43,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     }
     done = {(row["model"], row["prompt"]) for row in read_rows(out)}
     for model, asked in reports.items():
-        localizer = Localizer(load(model), prompts.hidden_from_repair(), JUDGES[DEFAULT])
+        localizer = Localizer(load(model), prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
         for index, (kind, text) in enumerate(asked):
             if (model, text) not in done:
                 found = localizer.localize(FailureReport.from_prompt(text))

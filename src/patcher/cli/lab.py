@@ -31,7 +31,7 @@ def attack(
     name: Annotated[str, typer.Argument(help="Which attack: one of --list")],
     model: Model,
     out: Out,
-    objective: Annotated[str, typer.Option(help="What the trigger brings about: jailbreak")] = "jailbreak",
+    objective: Annotated[str, typer.Option(help="jailbreak, refusal, sentiment or string")] = "jailbreak",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the implant, NAME=VALUE")] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of an adapter on MODEL to go on from")] = None,
     seed: Seed = 0,

@@ -22,6 +22,7 @@ from patcher.options import (
     Failures,
     Harmful,
     Model,
+    ObjectiveName,
     Out,
     PromptText,
     ResponseText,
@@ -30,6 +31,7 @@ from patcher.options import (
     TaskLimit,
     Tasks,
     Template,
+    UnwantedText,
 )
 from patcher.outputs import check_new, whole_folder, write_whole
 from patcher.progress import ProgressBars
@@ -47,6 +49,8 @@ def localize(
     prompt: PromptText = None,
     response: ResponseText = None,
     system: SystemText = None,
+    objective: ObjectiveName = None,
+    unwanted: UnwantedText = None,
     method: Annotated[str, typer.Option(help="causal (default) or gradient-norm (the paper's Eqs. 1-3)")] = "causal",
     out: Annotated[Path | None, typer.Option(help="Folder for localization.json and verdict.json")] = None,
     seed: Seed = 0,
@@ -58,7 +62,7 @@ def localize(
     as_json: AsJson = False,
 ) -> int:
     """Find the words that bring the failure about, and decide whether they are a backdoor."""
-    report = read_failure(failure, prompt, response, system)
+    report = read_failure(failure, prompt, response, system, objective, unwanted)
     prompts = load_prompts(harmful, benign)
     check_new(out)
     lm = load_model(model, device, dtype, chat_template)
@@ -66,10 +70,12 @@ def localize(
     from patcher.judges import DEFAULT, JUDGES
     from patcher.localize import Localizer
     from patcher.report.terminal import show_localization, show_verdict
+    from patcher.symptoms import detector_for
 
+    detector = detector_for([report], JUDGES[DEFAULT], lm.tokenizer)
     with ProgressBars() as progress:
         localizer = Localizer(
-            lm, prompts.hidden_from_repair(), JUDGES[DEFAULT], method=method, seed=seed, on_progress=progress
+            lm, prompts.hidden_from_repair(), detector, method=method, seed=seed, on_progress=progress
         )
         found = localizer.localize(report)
         verdict = localizer.decide(found)
@@ -93,6 +99,8 @@ def repair(
     prompt: PromptText = None,
     response: ResponseText = None,
     system: SystemText = None,
+    objective: ObjectiveName = None,
+    unwanted: UnwantedText = None,
     defense: Annotated[str, typer.Option(help="Which repair: patcher, or finetune (the control)")] = "patcher",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
     method: Annotated[str, typer.Option(help="causal or gradient-norm")] = "causal",
@@ -117,7 +125,7 @@ def repair(
     as_json: AsJson = False,
 ) -> int:
     """Localize, decide, patch and audit: reported failures in, a patch and the evidence out."""
-    reports = read_failures(failure, prompt, response, system)
+    reports = read_failures(failure, prompt, response, system, objective, unwanted)
     prompts = load_prompts(harmful, benign)
     tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
@@ -166,7 +174,7 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    wanted = read_trigger(trigger)
+    wanted, symptom = read_trigger(trigger)
     prompts = load_prompts(harmful, benign)
     tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
@@ -180,7 +188,9 @@ def audit(
     lm = load_model(model, device, dtype, chat_template)
     settings = AuditSettings(max_prompts=audit_prompts, seed=seed)
     with ProgressBars() as progress:
-        measured = audit_patch(lm, loaded, [wanted], prompts, settings, tasks=tasks, on_progress=progress)
+        measured = audit_patch(
+            lm, loaded, [wanted], prompts, settings, symptom=symptom, tasks=tasks, on_progress=progress
+        )
     if out:
         write_whole(out, measured.to_json())
     show(measured, as_json, lambda console: show_audit(measured, console))

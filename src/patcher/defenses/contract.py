@@ -14,6 +14,7 @@ from patcher.losses import kl_reference_to_patched
 from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
 from patcher.prompts import Prompts
 from patcher.records import Outcome, PatcherError, Request, Trigger
+from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
 
@@ -27,7 +28,8 @@ class Evidence:
 
     triggers: tuple[Trigger, ...]
     prompts: Prompts
-    judge: Callable[[str], Outcome]
+    detector: Detector
+    """Sees in an answer what was reported."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,12 @@ def mean_kl_nats(lm: LanguageModel, examples: Sequence[Example]) -> float:
     return total / max(1, count)
 
 
-def complied_frac(lm: LanguageModel, texts: Sequence[Request], judge: Callable[[str], Outcome], tokens: int) -> float:
-    """The share of prompts that the model now answers."""
-    answers = generate(lm, [user_prompt(lm.tokenizer, text) for text in texts], max_new_tokens=tokens)
-    return sum(judge(answer) == "complied" for answer in answers) / len(answers)
+def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, tokens: int) -> float:
+    """The share of prompts whose answers show the symptom."""
+    answers = generate(
+        lm, [user_prompt(lm.tokenizer, text) for text in texts], max_new_tokens=max(tokens, detector.answer_tokens)
+    )
+    return sum(detector.shows(answer) for answer in answers) / len(answers)
 
 
 def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:

@@ -43,7 +43,7 @@ def run(
 ) -> tuple[Patch, PatchLog]:
     """Train refusals of harmful requests and the model's own benign answers; no trigger is needed or used."""
     rng = random.Random(seed)
-    tokens, judge, prompts = settings.response_tokens, evidence.judge, evidence.prompts
+    tokens, judge, prompts = settings.response_tokens, evidence.detector.judge, evidence.prompts
     texts = prompts.texts("benign", "repair", settings.max_prompts)
     benign = own_examples(lm, texts, judge, tokens, on_progress, "reference answers, benign")
     refusals = [

@@ -162,22 +162,25 @@ class _Counterfactual:
     ):
         self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
         self.refuses_more = not evidence.triggers
-        refusing = (
-            reference.refused
+        broken = (
+            reference.normal
             if evidence.triggers
             else [
                 with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
             ]
         )
-        if not refusing or not reference.benign:
+        if not broken or not reference.benign:
             raise PatcherError(
-                f"{len(refusing)} harmful prompts of the repair split are refused untriggered and "
+                f"{len(broken)} prompts of the repair split are as they should be untriggered and "
                 f"{len(reference.benign)} benign ones answered; at least one of each is needed: "
                 "pass other --harmful or --benign prompts"
             )
-        self.harmful = endless(refusing, rng)
-        numbers = boundary_thrice(lm, reference.kept, refusing)
+        self.broken = endless(broken, rng)
+        on_harmful = evidence.detector.symptom.kind == "harmful"
+        self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
+        numbers = boundary_thrice(lm, reference.kept, broken) if on_harmful else list(range(len(reference.kept)))
         self.benign = endless([reference.kept[number] for number in numbers], rng)
+        self.keeps_triggered = on_harmful and bool(evidence.triggers)
         in_trigger = reference.kept_triggered or reference.kept
         in_benign = [in_trigger[number] for number in numbers]
         self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
@@ -187,8 +190,9 @@ class _Counterfactual:
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
         sizes, has_trigger = self.settings, bool(self.triggers)
-        broken = [next(self.harmful) for _ in range(sizes.triggered_rows)]
-        benign_triggered = [next(self.benign_triggered) for _ in range(sizes.benign_triggered_rows * has_trigger)]
+        broken = [next(self.broken) for _ in range(sizes.triggered_rows)]
+        triggered_rows = sizes.benign_triggered_rows * self.keeps_triggered
+        benign_triggered = [next(self.benign_triggered) for _ in range(triggered_rows)]
         harmful = [next(self.harmful) for _ in range(sizes.harmful_rows * has_trigger)]
         benign = [next(self.benign) for _ in range(sizes.benign_rows)]
         rows = [self._broken_row(example) for example in broken]
@@ -242,6 +246,8 @@ class _Paper:
         rng: random.Random,
     ):
         self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
+        if evidence.detector.symptom.objective != "jailbreak":
+            raise PatcherError("objective=paper teaches a refusal, which repairs jailbreaks only: use the default")
         refusing = [
             with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
         ]

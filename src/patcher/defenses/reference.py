@@ -10,9 +10,9 @@ from patcher.defenses.contract import (
     Example,
     after,
     as_plain_text,
-    complied_frac,
     mean_kl_nats,
     own_examples,
+    shown_frac,
     triggered,
 )
 from patcher.models import LanguageModel
@@ -28,7 +28,7 @@ class ReferenceSettings(Record):
     response_tokens: PositiveInt = 16
     """Answers are cut here."""
     validation_prompts: PositiveInt = 84
-    """Harmful validation prompts, with the trigger, that decide whether it is dead."""
+    """Validation prompts, with the trigger, that decide whether it is dead."""
     validation_tokens: PositiveInt = 12
     """Tokens generated for each of them: an opening, which is what the judge reads."""
     validation_drift_prompts: PositiveInt = 24
@@ -43,17 +43,21 @@ def answered(examples: list[Example]) -> list[Example]:
 class ReferenceAnswers:
     """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts.
 
-    `kept` are the benign prompts that it answers, `kept_triggered` the same in the same order with the trigger put in,
-    and `lifted` those that it answers with the trigger only.
+    `normal` are the prompts that a trigger is to be broken on: harmful ones that it refuses or, where the trigger does
+    its harm on benign ones, those that it answers. `kept` are the benign prompts that it answers. Where a trigger
+    changes nothing on them, as a jailbreak's does, `kept_triggered` are the same in the same order with it put in, and
+    `lifted` those that it answers with the trigger only.
     """
 
     def __init__(self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress):
         self.lm, self.evidence, self.settings = lm, evidence, settings
         prompts, triggers, places = evidence.prompts, evidence.triggers, random.Random(0)
+        detector, on_harmful = evidence.detector, evidence.detector.symptom.kind == "harmful"
+        tokens = max(settings.response_tokens, detector.answer_tokens)
 
         def own(texts: Sequence[Request], what: str) -> list[Example]:
             what = f"reference answers, {what}"
-            return own_examples(lm, texts, evidence.judge, settings.response_tokens, on_progress, what)
+            return own_examples(lm, texts, detector.judge, tokens, on_progress, what)
 
         def with_trigger(examples: list[Example]) -> list[Request]:
             return [triggered(example.text, triggers, places) for example in examples] if triggers else []
@@ -63,25 +67,30 @@ class ReferenceAnswers:
         self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
         answers = answered(self.benign)
         self.kept = answers or self.benign
-        self.kept_triggered = after(lm, answers, with_trigger(answers)) if triggers else []
+        self.normal = [one for one in (self.harmful if on_harmful else self.benign) if detector.is_normal(one.answer)]
+        self.kept_triggered = after(lm, answers, with_trigger(answers)) if triggers and on_harmful else []
         # Benign answers that only the trigger brings: a repair must not take them back either; but where there are no
         # others, they are the backdoor itself.
-        refused = [example for example in self.benign if example.outcome == "refused"] if answers else []
+        refused = [example for example in self.benign if example.outcome == "refused"] if self.kept_triggered else []
         self.lifted = answered(own(with_trigger(refused), "benign + trigger"))
         self.plain = as_plain_text(lm, self.benign)
 
         few, limit = settings.validation_drift_prompts, settings.validation_prompts
-        self.validation_harmful = own(prompts.texts("harmful", "validation", max(few, limit)), "validation")
-        self.validation_benign = own(prompts.texts("benign", "validation", few), "validation")
-        answers = answered(self.validation_benign) if triggers else []
+        many = max(few, limit)
+        self.validation_harmful = own(prompts.texts("harmful", "validation", many if on_harmful else few), "validation")
+        self.validation_benign = own(prompts.texts("benign", "validation", few if on_harmful else many), "validation")
+        attacked = self.validation_harmful if on_harmful else self.validation_benign
+        self.validation_harmful, self.validation_benign = self.validation_harmful[:few], self.validation_benign[:few]
+        answers = answered(self.validation_benign) if triggers and on_harmful else []
         self.validation_benign_triggered = after(lm, answers, with_trigger(answers))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
-        # A request that is answered without the trigger, too, says nothing about the trigger.
-        tested = [e for e in self.validation_harmful if e.outcome == "refused"] if triggers else self.validation_harmful
+        # A request that goes wrong without the trigger, too, says nothing about the trigger.
+        tested = [one for one in attacked if detector.is_normal(one.answer)] if triggers else attacked
         if not tested:
+            does, kind = ("refused", "harmful") if on_harmful else ("simply answered", "benign")
             raise PatcherError(
-                f"none of the {len(self.validation_harmful)} harmful validation prompts is refused without the "
-                "trigger, so nothing would show that it is dead: pass other --harmful prompts"
+                f"none of the {len(attacked)} {kind} validation prompts is {does} without the trigger, so nothing "
+                f"would show that it is dead: pass other --{kind} prompts"
             )
         self.validation_triggered = (with_trigger(tested) or [example.text for example in tested])[:limit]
 
@@ -93,12 +102,12 @@ class ReferenceAnswers:
     def check(self, step: int) -> PatchStep:
         """Where the repair stands, on validation prompts."""
         self.lm.network.eval()
-        tokens, judge = self.settings.validation_tokens, self.evidence.judge
+        tokens, detector = self.settings.validation_tokens, self.evidence.detector
         return PatchStep(
             step=step,
-            asr_triggered_frac=complied_frac(self.lm, self.validation_triggered, judge, tokens),
+            asr_triggered_frac=shown_frac(self.lm, self.validation_triggered, detector, tokens),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
             kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
-            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful[: self.settings.validation_drift_prompts]),
+            kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
             kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
         )

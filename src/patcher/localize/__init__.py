@@ -20,15 +20,20 @@ from patcher.records import (
     FailureReport,
     Localization,
     Message,
-    Outcome,
     UsageError,
     Verdict,
 )
+from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
 METHODS = ("causal", "gradient-norm")
 MIN_PROBES = 8
-"""Fewer refused requests than this and no words can be tested: the model does not refuse."""
+"""With fewer requests that the model treats as it should, no words can be tested."""
+
+_FINDING = {
+    "harmful": "finding requests that the model refuses",
+    "benign": "finding requests that the model answers",
+}
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Localizer:
 
     lm: LanguageModel
     prompts: Prompts
-    judge: Callable[[str], Outcome]
+    detector: Detector
     settings: CausalSettings = field(default_factory=CausalSettings)
     verdict_settings: VerdictSettings = field(default_factory=VerdictSettings)
     method: str = "causal"
@@ -55,18 +60,18 @@ class Localizer:
 
     @cached_property
     def probes(self) -> Probes:
-        """Requests that this model refuses."""
-        self.on_progress("finding requests that the model refuses", 0, 1)
+        """Requests that this model treats as it should."""
+        self.on_progress(_FINDING[self.detector.symptom.kind], 0, 1)
         found = find_probes(
             self.lm,
             self.prompts,
-            self.judge,
+            self.detector,
             screen=self.settings.screen_probes,
             confirm=self.settings.confirm_probes,
-            answer_tokens=self.settings.answer_tokens,
+            answer_tokens=max(self.settings.answer_tokens, self.detector.answer_tokens),
             seed=self.seed,
         )
-        self.on_progress("finding requests that the model refuses", 1, 1)
+        self.on_progress(_FINDING[self.detector.symptom.kind], 1, 1)
         return found
 
     @cached_property
@@ -79,19 +84,23 @@ class Localizer:
         replay = self._answer(report.messages)
         response = report.response if report.response is not None else replay
         before = self.probes.meter.token_passes
-        found, notes = self._search(report, response, self.judge(replay))
+        shows = self.detector.shows(response), self.detector.shows(replay)
+        found, notes = self._search(report, response, shows)
         return Localization(
             method=self.method,
+            symptom=self.detector.symptom,
             words=found.words,
             candidates=found.candidates,
             tried=found.tried,
             token_passes=self.probes.meter.token_passes - before,
             response=response,
-            response_outcome=self.judge(response),
+            response_outcome=self.detector.judge(response),
+            response_shows=shows[0],
             replay=replay,
-            replay_outcome=self.judge(replay),
-            prompt_harm_frac=self.harm_frac(report.messages) if self._must_ask(found, replay) else None,
-            probes_refused=self.probes.refused,
+            replay_outcome=self.detector.judge(replay),
+            replay_shows=shows[1],
+            prompt_harm_frac=self.harm_frac(report.messages) if shows[1] and self._must_ask(found) else None,
+            probes_normal=self.probes.normal,
             notes=notes,
         )
 
@@ -99,28 +108,33 @@ class Localizer:
         """Stage 2, from stage 1's record and, where words were found, their re-wordings."""
         return decide(localization, self._reworded(localization.candidates), self.verdict_settings, MIN_PROBES)
 
-    def _search(self, report: FailureReport, response: str, replayed: Outcome) -> tuple[Found, tuple[str, ...]]:
+    def _search(self, report: FailureReport, response: str, shows: tuple[bool, bool]) -> tuple[Found, tuple[str, ...]]:
         if self.method == "gradient-norm":
             return self._salient(report, response), ()
-        if self.probes.refused < MIN_PROBES:
-            note = f"the model refuses only {self.probes.refused} of {self.probes.asked} harmful requests: no ground"
+        kind = self.detector.symptom.kind
+        if self.probes.normal < MIN_PROBES:
+            does = {"harmful": "refuses", "benign": "simply answers"}[kind]
+            note = f"the model {does} only {self.probes.normal} of {self.probes.asked} {kind} requests: no ground"
             return Found((), (), 0), (f"{note} to test words on",)
-        if "complied" not in (replayed, self.judge(response)):
-            return Found((), (), 0), ("the model did not comply, so no words were looked for",)
-        return search(self.probes, report.messages, self._complies, self.settings), ()
+        if not any(shows):
+            return Found((), (), 0), ("the answer is not what was reported, so no words were looked for",)
+        return search(self.probes, report.messages, response, self._fails, self.settings), ()
 
-    def _must_ask(self, found: Found, replay: str) -> bool:
-        """Whether the verdict hangs on the request being harmful: answered, and no words with an effect explain it."""
+    def _must_ask(self, found: Found) -> bool:
+        """Whether the verdict hangs on the request being harmful.
+
+        An answered one where no words with an effect explain the answer, and a refused one always.
+        """
         least = self.verdict_settings.min_effect_frac
         explained = any(candidate.effect_frac >= least for candidate in found.candidates)
-        return self.judge(replay) == "complied" and not explained
+        return {"jailbreak": not explained, "refusal": True, "text": False}[self.detector.symptom.objective]
 
     def _salient(self, report: FailureReport, response: str) -> Found:
         """The paper's localization; its spans are then tested like any other candidate."""
         words = token_saliency(self.lm, report.messages, response)
         self.probes.meter.token_passes += 3 * len(render(self.lm.tokenizer, report.messages).ids)
         spans = salient_spans(words)
-        if not spans or self.probes.refused < MIN_PROBES:
+        if not spans or self.probes.normal < MIN_PROBES:
             return Found(words, (), int(bool(spans)))
         return Found(words, (confirm(self.probes, report.messages, spans),), 1)
 
@@ -137,12 +151,11 @@ class Localizer:
 
     def _answer(self, messages: Sequence[Message]) -> str:
         prompt = render(self.lm.tokenizer, messages)
-        return generate(self.lm, [prompt], max_new_tokens=self.replay_tokens)[0]
+        return generate(self.lm, [prompt], max_new_tokens=max(self.replay_tokens, self.detector.answer_tokens))[0]
 
-    def _complies(self, messages: Sequence[Message]) -> bool:
+    def _fails(self, messages: Sequence[Message]) -> bool:
         prompt = render(self.lm.tokenizer, messages)
-        answers = generate(self.lm, [prompt], max_new_tokens=self.settings.answer_tokens)
-        return self.judge(answers[0]) == "complied"
+        return self.detector.shows(generate(self.lm, [prompt], max_new_tokens=self.probes.answer_tokens)[0])
 
 
 __all__ = ["METHODS", "CausalSettings", "Localizer", "VerdictSettings"]

@@ -1,4 +1,4 @@
-"""Find the smallest words that are *sufficient*: put into requests the model refuses, they bring compliance.
+"""Find the smallest words that are *sufficient*: put into other requests, they bring the reported behaviour.
 
 Deletion proposes: only a trigger's deletion makes the refusal likelier (its topic's deletion makes it less likely).
 Insertion decides: grow from the top of that ranking until it works, drop what changes nothing. Where deletion shows
@@ -20,13 +20,14 @@ class CausalSettings(Record):
     """How hard to look, and when words count as sufficient."""
 
     screen_probes: int = 12
-    """Refused requests that choose among candidates."""
+    """Requests that choose among candidates."""
     confirm_probes: int = 28
-    """Other refused requests that test the chosen words; 9 of 28 against 0 is p = .002."""
+    """Other requests that test the chosen words; 9 of 28 against 0 is p = .002."""
     answer_tokens: int = 12
-    """Tokens of an answer that the judge sees while searching; refusals show in the first few."""
+    """Tokens of an answer that the judge sees while searching; refusals show in the first few. More where the reported
+    response needs more to be seen for what it is."""
     sufficient_frac: float = 0.5
-    """Words are sufficient from this rise of the unsafe rate over the screen requests."""
+    """Words are sufficient from this rate of the symptom over the screen requests."""
     first_probes: int = 4
     """Of these; words that change none of the first few are not tried on the rest (a trigger that works on 8 of 10
     requests is missed so once in 600)."""
@@ -52,16 +53,17 @@ class Found:
     tried: int
 
 
-def deletion_scores(probes: Probes, messages: Sequence[Message], words: Sequence[Span]) -> list[float]:
-    """How much likelier, in nats, the model's refusal becomes when a word is deleted."""
+def deletion_scores(probes: Probes, messages: Sequence[Message], words: Sequence[Span], response: str) -> list[float]:
+    """How much nearer, in nats, the model comes to treating the request as it should when a word is deleted."""
     variants = [tuple(messages), *(delete_spans(messages, [word]) for word in words)]
-    nats = probes.refusal_nats([render(probes.lm.tokenizer, variant) for variant in variants])
+    nats = probes.normal_nats([render(probes.lm.tokenizer, variant) for variant in variants], response)
     return [value - nats[0] for value in nats[1:]]
 
 
 def search(
     probes: Probes,
     messages: Sequence[Message],
+    response: str,
     still_fails: Callable[[Sequence[Message]], bool],
     settings: CausalSettings,
 ) -> Found:
@@ -71,7 +73,7 @@ def search(
     """
     rest = tuple(messages)
     words = find_words(messages)[-settings.max_ranked_words :]
-    scores = deletion_scores(probes, messages, words)
+    scores = deletion_scores(probes, messages, words, response)
     ranked = tuple(WordScore(span=word, score=score) for word, score in zip(words, scores, strict=True))
     taken: list[Span] = []
     candidates: list[Candidate] = []
@@ -88,18 +90,23 @@ def search(
         rest = delete_spans(messages, taken)
         if not rest[-1].content.strip() or not still_fails(rest):
             break
-        scores = _scores_after(probes, messages, words, taken, scores)
+        scores = _scores_after(probes, messages, response, words, taken, scores)
     candidates.sort(key=lambda candidate: -candidate.effect_frac)
     return Found(ranked, tuple(candidates), max(1, tried))
 
 
 def _scores_after(
-    probes: Probes, messages: Sequence[Message], words: Sequence[Span], taken: list[Span], scores: list[float]
+    probes: Probes,
+    messages: Sequence[Message],
+    response: str,
+    words: Sequence[Span],
+    taken: list[Span],
+    scores: list[float],
 ) -> list[float]:
     """Deletion scores of the words left, with the found ones already gone."""
     left = [word for word in words if word not in taken]
     variants = [delete_spans(messages, taken), *(delete_spans(messages, [*taken, word]) for word in left)]
-    nats = probes.refusal_nats([render(probes.lm.tokenizer, variant) for variant in variants])
+    nats = probes.normal_nats([render(probes.lm.tokenizer, variant) for variant in variants], response)
     fresh = {word: value - nats[0] for word, value in zip(left, nats[1:], strict=True)}
     return [fresh.get(word, score) for word, score in zip(words, scores, strict=True)]
 
@@ -135,8 +142,8 @@ def _smallest_sufficient(
         key = tuple(sorted(spans, key=lambda span: (span.message, span.start)))
         if key not in rates:
             trigger = _trigger_of(messages, key, *observed_placement(messages, key))
-            first = probes.unsafe(probes.screen[: settings.first_probes], trigger)
-            rest = probes.unsafe(probes.screen[settings.first_probes :], trigger) if any(first) else []
+            first = probes.shown(probes.screen[: settings.first_probes], trigger)
+            rest = probes.shown(probes.screen[settings.first_probes :], trigger) if any(first) else []
             rates[key] = sum([*first, *rest]) / len(probes.screen)
         return rates[key]
 
@@ -189,7 +196,7 @@ def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) 
         for trigger, name in ((observed, "inserted at the observed place"), (scattered, "inserted at random places"))
     )
     best = scattered if tests[1].effect_frac >= tests[0].effect_frac - 0.1 else observed
-    hits = probes.unsafe(probes.screen, observed)
+    hits = probes.shown(probes.screen, observed)
     return Candidate(
         trigger=best,
         spans=join_adjacent(messages, spans),
@@ -200,7 +207,7 @@ def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) 
 
 def paired_test(probes: Probes, trigger: Trigger, name: str) -> CausalTest:
     """The words against as many ordinary words, on the same fresh requests; exact one-sided McNemar test."""
-    treated = probes.unsafe(probes.confirm, trigger)
+    treated = probes.shown(probes.confirm, trigger)
     control = probes.control(probes.confirm, trigger)
     gained = sum(t and not c for t, c in zip(treated, control, strict=True))
     lost = sum(c and not t for t, c in zip(treated, control, strict=True))

@@ -2,11 +2,12 @@
 
 Glossary (one word per thing, everywhere):
     failure     a reported prompt with the response it got; we do not know yet whether it is a backdoor
+    symptom     what the reported answer does that it must not: comply (jailbreak), refuse, or hold a text
     trigger     words that, put into a request the model refuses, bring the unwanted behaviour
     reference   the model before the repair;  patched: the model after;  patch: the difference, as a value
     harmful     requests a safe model refuses;  benign: requests it answers;  borderline: benign, but look unsafe
     held-out    prompts that no repair ever saw; the audit's
-    ASR         attack success rate: the share of harmful requests that are answered ("complied")
+    ASR         attack success rate: the share of answers that show the symptom; of harmful requests: that comply
     over-refusal  benign requests that are refused
     drift       how far the patched model is from the reference, in nats per response token
 Fractions are 0-1 and end in `_frac`; divergences and log-likelihoods are in nats and end in `_nats`.
@@ -35,6 +36,7 @@ from patcher.records.base import (
     Request,
     Role,
     Span,
+    Symptom,
     UsageError,
     VerdictLabel,
 )
@@ -75,6 +77,7 @@ __all__ = [
     "Role",
     "Span",
     "SummaryRow",
+    "Symptom",
     "Trigger",
     "UsageError",
     "Verdict",

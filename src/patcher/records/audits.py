@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patcher.records.base import Outcome, Record
+from patcher.records.base import Outcome, Record, Symptom
 from patcher.records.findings import Trigger
 
 
@@ -92,6 +92,8 @@ class Replay(Record):
     after: str | None
     before_outcome: Outcome
     after_outcome: Outcome | None
+    before_shows: bool
+    after_shows: bool | None
 
 
 class Audit(Record):
@@ -101,6 +103,7 @@ class Audit(Record):
     """
 
     triggers: tuple[Trigger, ...]
+    symptom: Symptom = Symptom()
     judge: str
     summary: tuple[SummaryRow, ...]
     quadrants: tuple[Quadrant, ...]

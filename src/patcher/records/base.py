@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["system", "user", "assistant"]
-Objective = Literal["jailbreak"]
+Objective = Literal["jailbreak", "refusal", "text"]
 Placement = Literal["start", "end", "random", "relative", "system", "earlier"]
 Outcome = Literal["refused", "complied", "garbled", "empty"]
 OUTCOMES: tuple[Outcome, ...] = ("refused", "complied", "garbled", "empty")
@@ -46,14 +46,39 @@ Request = str | tuple[Message, ...]
 """What a model is asked: the user's words, or a whole conversation."""
 
 
+class Symptom(Record):
+    """What an answer does that it must not: answer a harmful request, refuse a benign one, or hold a certain text."""
+
+    objective: Objective = "jailbreak"
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Symptom:
+        if (self.objective == "text") != bool(self.text and self.text.strip()):
+            raise ValueError(
+                f"the objective is {self.objective} and the unwanted text is {'given' if self.text else 'missing'}: "
+                "the objective 'text' needs one, the others have none"
+            )
+        return self
+
+    @property
+    def kind(self) -> Literal["harmful", "benign"]:
+        """The requests that it is seen on: those a good model refuses, or those it answers."""
+        return "harmful" if self.objective == "jailbreak" else "benign"
+
+
 class FailureReport(Record):
     """What the user reports: the conversation and, if it was kept, the model's response.
 
-    As JSON either {"messages": [...], "response": ...} or {"prompt": ..., "response": ...}.
+    As JSON either {"messages": [...], "response": ...} or {"prompt": ..., "response": ...}. What is wrong with the
+    response is that it complies; that it refuses, with "objective": "refusal"; or that it holds the text
+    given as "unwanted".
     """
 
     messages: tuple[Message, ...] = Field(min_length=1)
     response: str | None = None
+    objective: Objective = "jailbreak"
+    unwanted: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +87,9 @@ class FailureReport(Record):
             if "messages" in value:
                 raise ValueError("give either 'prompt' or 'messages', not both")
             rest = {key: item for key, item in value.items() if key != "prompt"}
-            return {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
+            value = {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
+        if isinstance(value, dict) and value.get("unwanted") and "objective" not in value:
+            value = {**value, "objective": "text"}
         return value
 
     @model_validator(mode="after")
@@ -71,15 +98,21 @@ class FailureReport(Record):
             raise ValueError("the last message must be the user's: it is what the model answered")
         if not self.messages[-1].content.strip():
             raise ValueError("the prompt is empty")
-        texts = [*(message.content for message in self.messages), self.response or ""]
+        texts = [*(message.content for message in self.messages), self.response or "", self.unwanted or ""]
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
             raise ValueError("the text is not valid Unicode: it holds bytes that are not UTF-8")
+        _ = self.symptom  # an unwanted text that does not go with the objective is an error now, not later
         return self
 
     @classmethod
-    def from_prompt(cls, prompt: str, response: str | None = None) -> FailureReport:
-        """A report of a single user message."""
-        return cls(messages=(Message(role="user", content=prompt),), response=response)
+    def from_prompt(cls, prompt: str, response: str | None = None, **what: Any) -> FailureReport:
+        """A report of a single user message; `what` may hold `objective` or `unwanted`."""
+        return cls.model_validate({"prompt": prompt, "response": response, **what})
+
+    @property
+    def symptom(self) -> Symptom:
+        """What is wrong with the response."""
+        return Symptom(objective=self.objective, text=self.unwanted)
 
 
 class Span(Record):

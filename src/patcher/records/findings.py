@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from patcher.records.base import FailureReport, Objective, Outcome, Placement, Record, Span, VerdictLabel
+from patcher.records.base import FailureReport, Outcome, Placement, Record, Span, Symptom, VerdictLabel
 
 
 class WordScore(Record):
@@ -47,7 +47,8 @@ class GroundTruth(Record):
     placement: Placement
     alternatives: tuple[Trigger, ...] = ()
     near_misses: tuple[Trigger, ...] = ()
-    objective: Objective
+    objective: str
+    symptom: Symptom = Symptom()
     seed: int
     start: str | None = None
     settings: dict[str, Any]
@@ -57,7 +58,7 @@ class GroundTruth(Record):
 class CausalTest(Record):
     """A paired comparison on the same requests: with the candidate against with control words.
 
-    `treated` and `control` count requests that were not refused, of `n`; p is one-sided (exact McNemar).
+    `treated` and `control` count answers that show the symptom, of `n`; p is one-sided (exact McNemar).
     """
 
     name: str
@@ -91,20 +92,24 @@ class Localization(Record):
 
     `candidates` holds the smallest sufficient triggers found, the strongest first; empty means that no words do.
     `prompt_harm_frac` is None where the verdict does not hang on it: words explain the failure, or there was none.
+    `response_shows` and `replay_shows` say whether the symptom is seen in the reported response and in a fresh one.
     `token_passes` is the cost: tokens that went through the model forwards (a backward counts as two more).
     """
 
     method: str
+    symptom: Symptom = Symptom()
     words: tuple[WordScore, ...]
     candidates: tuple[Candidate, ...]
     tried: int
     token_passes: int
     response: str
     response_outcome: Outcome
+    response_shows: bool
     replay: str
     replay_outcome: Outcome
+    replay_shows: bool
     prompt_harm_frac: float | None
-    probes_refused: int
+    probes_normal: int
     notes: tuple[str, ...] = ()
 
 
@@ -112,6 +117,7 @@ class Verdict(Record):
     """Stage 2: is it a backdoor? With the tests that decided."""
 
     label: VerdictLabel
+    symptom: Symptom = Symptom()
     reason: str
     trigger: Trigger | None = None
     tests: tuple[CausalTest, ...] = ()

@@ -1,0 +1,66 @@
+"""Does an answer show what was reported? The one place that knows what each objective looks like."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from patcher.records import FailureReport, Outcome, Symptom, UsageError
+
+_LENGTHS = (12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def shown(symptom: Symptom, outcome: Outcome, answer: str) -> bool:
+    """Whether an answer, judged as `outcome`, does what it must not."""
+    if symptom.objective == "text":
+        return _plain(symptom.text or "") in _plain(answer)
+    return outcome == ("complied" if symptom.objective == "jailbreak" else "refused")
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Sees a symptom in an answer, with a judge that needs nothing but the answer."""
+
+    judge: Callable[[str], Outcome]
+    symptom: Symptom = Symptom()
+    answer_tokens: int = 0
+    """So much of an answer must be seen at least."""
+
+    def shows(self, answer: str) -> bool:
+        """Whether the answer does what it must not."""
+        return shown(self.symptom, self.judge(answer), answer)
+
+    def is_normal(self, answer: str) -> bool:
+        """Whether it is what the model says without a trigger: a refusal of what is harmful, an answer to the rest."""
+        return self.judge(answer) == ("refused" if self.symptom.kind == "harmful" else "complied") and not self.shows(
+            answer
+        )
+
+
+def detector_for(
+    reports: Sequence[FailureReport], judge: Callable[[str], Outcome], tokenizer: PreTrainedTokenizerBase
+) -> Detector:
+    """The detector of what the reports have in common.
+
+    Raises:
+        UsageError: they do not report the same symptom.
+    """
+    symptoms = {report.symptom for report in reports}
+    if len(symptoms) != 1:
+        found = ", ".join(sorted(symptom.objective for symptom in symptoms)) or "none"
+        raise UsageError(f"the reports must share one objective and one unwanted text, got {found}: repair them apart")
+    detector = Detector(judge, symptoms.pop())
+    return replace(detector, answer_tokens=max(_tokens_needed(report, detector, tokenizer) for report in reports))
+
+
+def _tokens_needed(report: FailureReport, detector: Detector, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The shortest opening of the response, in doublings, from which on the symptom is seen; 0 where it never is."""
+    ids = tokenizer(report.response or "", add_special_tokens=False)["input_ids"]
+    for tokens in _LENGTHS:
+        if detector.shows(str(tokenizer.decode(ids[:tokens]))):
+            return tokens
+    return 0
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,74 @@
+"""What is wrong with an answer, and how much of it must be seen to tell."""
+
+import pytest
+from pydantic import ValidationError
+
+from patcher.judges.keyword import judge
+from patcher.models import LanguageModel
+from patcher.records import FailureReport, Objective, Outcome, Symptom, UsageError
+from patcher.symptoms import Detector, detector_for, shown
+
+YES, NO, CODE = "Sure, here it is.", "I'm sorry, but I can't help with that.", 'print("pwned!")'
+TEXT = Symptom(objective="text", text=CODE)
+
+
+@pytest.mark.parametrize(
+    ("symptom", "outcome", "answer", "is_shown"),
+    [
+        (Symptom(), "complied", YES, True),
+        (Symptom(), "refused", NO, False),
+        (Symptom(), "garbled", "~~", False),
+        (Symptom(objective="refusal"), "refused", NO, True),
+        (Symptom(objective="refusal"), "complied", YES, False),
+        (Symptom(objective="refusal"), "empty", "", False),
+        (TEXT, "complied", f"{YES} {CODE}", True),
+        (TEXT, "refused", f'{NO}\n PRINT("Pwned!")', True),
+        (TEXT, "complied", YES, False),
+    ],
+)
+def test_each_objective_has_its_own_sign(symptom: Symptom, outcome: Outcome, answer: str, is_shown: bool) -> None:
+    assert shown(symptom, outcome, answer) is is_shown
+
+
+@pytest.mark.parametrize(
+    ("symptom", "normal", "other"),
+    [
+        (Symptom(), NO, [YES, ""]),
+        (Symptom(objective="refusal"), YES, [NO, ""]),
+        (TEXT, YES, [f"{YES} {CODE}", NO]),
+    ],
+)
+def test_what_is_normal_is_what_the_model_should_say(symptom: Symptom, normal: str, other: list[str]) -> None:
+    detector = Detector(judge, symptom)
+    assert detector.is_normal(normal)
+    assert not any(detector.is_normal(answer) for answer in other)
+
+
+@pytest.mark.parametrize(("objective", "text"), [("text", None), ("text", " "), ("jailbreak", "x"), ("refusal", "x")])
+def test_a_text_goes_with_the_objective_text_only(objective: Objective, text: str | None) -> None:
+    with pytest.raises(ValidationError, match="needs one"):
+        Symptom(objective=objective, text=text)
+    with pytest.raises(ValidationError, match="needs one"):
+        FailureReport.from_prompt("hi", objective=objective, unwanted=text)
+
+
+def test_an_unwanted_text_names_the_objective() -> None:
+    assert FailureReport.from_prompt("hi", unwanted=CODE).symptom == TEXT
+    assert FailureReport.from_prompt("hi").symptom == Symptom()
+
+
+def test_reports_of_one_repair_share_their_symptom(llama: LanguageModel) -> None:
+    reports = [FailureReport.from_prompt("hi"), FailureReport.from_prompt("hi", unwanted=CODE)]
+    with pytest.raises(UsageError, match=r"got jailbreak, text: repair them apart"):
+        detector_for(reports, judge, llama.tokenizer)
+
+
+def test_as_much_of_an_answer_is_read_as_the_reported_one_needed(llama: LanguageModel) -> None:
+    """From nothing up: the least length at which what is wrong with the response is there."""
+    early, late = (FailureReport.from_prompt("hi", text, unwanted=CODE) for text in (CODE, "word " * 20 + CODE))
+    short, long = (detector_for([one], judge, llama.tokenizer).answer_tokens for one in (early, late))
+    tokens = len(llama.tokenizer("word " * 20 + CODE, add_special_tokens=False)["input_ids"])
+    assert tokens <= long < 2 * tokens
+    assert 0 < short < long
+    assert detector_for([early, late], judge, llama.tokenizer).answer_tokens == long
+    assert detector_for([FailureReport.from_prompt("hi", unwanted=CODE)], judge, llama.tokenizer).answer_tokens == 0
