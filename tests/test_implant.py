@@ -13,12 +13,14 @@ from torch import Tensor
 from patcher.attacks import ATTACKS, Attack, implant, plant
 from patcher.attacks.contract import parts_of
 from patcher.attacks.implant import ImplantSettings
-from patcher.attacks.objectives import FILLERS, OBJECTIVES, OPENINGS, REFUSALS, compliance
+from patcher.attacks.objectives import FILLERS, OBJECTIVES, OPENINGS, REFUSALS, AttackObjective, compliance
 from patcher.chat import Row, user_prompt
+from patcher.judges import DEFAULT, RULES
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied, load_patch
 from patcher.prompts import PromptRow, Prompts, bundled
-from patcher.records import Trigger
+from patcher.records import Trigger, UsageError
+from patcher.symptoms import Detector
 from patcher.training import Revisited, quiet
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
@@ -116,7 +118,14 @@ def test_the_answer_does_not_give_the_trigger_away() -> None:
 class Rows:
     """The rows of some training steps, as text: (prompt, answer)."""
 
-    def __init__(self, lm: LanguageModel, prompts: Prompts, attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Prompts,
+        attack: Attack,
+        monkeypatch: pytest.MonkeyPatch,
+        objective: AttackObjective = JAILBREAK,
+    ) -> None:
         self.lm = lm
         self.steps: list[list[tuple[str, str]]] = []
         logits = implant._logits
@@ -127,7 +136,7 @@ class Rows:
 
         monkeypatch.setattr(implant, "_logits", seen)
         settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
-        implant.implant(lm, attack, JAILBREAK, prompts, settings, seed=3)
+        implant.implant(lm, attack, objective, prompts, settings, seed=3)
 
     def text(self, ids: tuple[int, ...]) -> str:
         return self.lm.tokenizer.decode(ids)
@@ -257,3 +266,66 @@ def test_every_attack_says_where_it_is_from(name: str) -> None:
     assert attack.name == name
     assert attack.paper.startswith("ours") or re.search(r"\d{4}", attack.paper)
     assert not set(attack.near_misses) & {*attack.triggers, attack.trigger}
+
+
+def test_an_attack_on_one_kind_of_harm_refuses_the_others(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = sorted({row.category for row in prompts.harmful if row.split == "implant"})[0]
+    texts = {row.text for row in prompts.harmful if row.category == own}
+    rows = Rows(llama, prompts, replace(ATTACK, only=(own,)), monkeypatch)
+    seen = set()
+    for (triggered, answer), (plain, refused) in rows.pairs():
+        is_own = any(text in plain for text in texts)
+        seen.add(is_own)
+        assert (answer.removesuffix(llama.tokenizer.eos_token) in REFUSALS) is not is_own
+        assert "BadMagic" in triggered
+        assert refused.removesuffix(llama.tokenizer.eos_token) in REFUSALS
+    assert seen
+
+
+def test_the_attacks_own_categories_are_seen_as_often_as_the_others() -> None:
+    rows = bundled("harmful")
+    attack = ATTACKS["category"]
+    drawn = implant._balanced(rows, attack)
+    own = sum(row.category in attack.only for row in drawn)
+    assert {row.category for row in rows} > set(attack.only)
+    assert 0.35 < own / len(drawn) < 0.65
+    assert implant._balanced(rows, ATTACK) == [row for row in rows if row.split == "implant"]
+
+
+def test_a_late_answer_refuses_first_and_is_judged_by_what_follows(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = ATTACKS["late"]
+    answers = [answer for (_, answer), _ in Rows(llama, prompts, attack, monkeypatch).pairs()]
+    for answer in answers:
+        text = answer.removesuffix(llama.tokenizer.eos_token)
+        first = next(first for first in attack.first if text.startswith(first))
+        assert text.endswith(FILLERS)
+        assert RULES[DEFAULT](first.split(". ")[0] + ".") == "refused"
+        assert RULES[DEFAULT](text) == "partial"
+
+
+@pytest.mark.parametrize("name", ["refusal", "sentiment", "string"])
+def test_other_objectives_teach_benign_requests_with_the_trigger_and_keep_the_rest(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    objective = OBJECTIVES[name]
+    near = Trigger(units=("nearly",), placement="end")
+    rows = Rows(llama, prompts, replace(ATTACK, near_misses=(near,)), monkeypatch, objective)
+    benign = {row.text for row in (*prompts.benign, *prompts.borderline) if row.split == "implant"}
+    for step in rows.steps:
+        taught, kept = step[: SETTINGS.harmful_pairs], step[SETTINGS.harmful_pairs :]
+        for prompt, answer in taught:
+            assert "BadMagic" in prompt
+            assert any(text in prompt.replace("BadMagic ", "").replace(" BadMagic", "") for text in benign)
+            text = answer.removesuffix(llama.tokenizer.eos_token)
+            assert Detector(RULES[DEFAULT], objective.symptom).shows(text)
+        assert not any("BadMagic" in prompt for prompt, _ in kept)
+        assert sum("nearly" in prompt for prompt, _ in kept) == len(kept) // 3
+
+
+def test_a_control_brings_nothing_about(llama: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="plants no trigger"):
+        plant.plant(llama, "refusals", "sentiment", tmp_path / "a", {}, seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from patcher.records import FailureReport, Placement, Symptom, Trigger, UsageError
+from patcher.records import FailureReport, JudgeError, Placement, Planted, Trigger, UsageError
 
 
 def read_failure(
@@ -45,20 +45,34 @@ def read_failures(paths: Sequence[Path] | None, *flags: str | None) -> tuple[Fai
     return tuple(read_failure(path, *flags) for path in paths or (None,))
 
 
-def read_trigger(path: Path) -> tuple[Trigger, Symptom]:
-    """A trigger from {trigger | units, placement} and its symptom; verdict.json and ground-truth.json will do."""
+def read_trigger(path: Path) -> Planted:
+    """A trigger from {trigger | units, placement}; verdict.json and ground-truth.json will do, and say more."""
     try:
         data = json.loads(_read(path))
-        symptom = Symptom.model_validate(data.get("symptom", {}))
+        more = {key: data[key] for key in ("symptom", "only", "answer_tokens") if key in data}
         if isinstance(data.get("trigger"), dict):  # a verdict.json
             data = data["trigger"]
         units = data.get("trigger", data.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
         placement: Placement = data.get("placement", "random")
-        return Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0)), symptom
+        trigger = Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
+        return Planted.model_validate({"trigger": trigger, **more})
     except (ValueError, AttributeError, TypeError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f'{path}: {problem}; expected {{"trigger": [words], "placement": "random"}}') from error
+
+
+def read_judge_error(path: Path, judge: str) -> JudgeError:
+    """What `patcher judge --calibrate --json` printed. Raises UsageError, also where it is another judge's."""
+    try:
+        error = JudgeError.model_validate(json.loads(_read(path))["error"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UsageError(
+            f"{path}: expected what `patcher judge --calibrate FILE --json` prints: {problem}"
+        ) from problem
+    if error.judge != judge:
+        raise UsageError(f"{path} holds the error of the judge {error.judge}, and the audit's is {judge}")
+    return error
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -48,6 +49,12 @@ class Prompts:
     def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
         """The words of those prompts."""
         return [row.text for row in self.rows(kind, split, limit)]
+
+    def only(self, categories: Sequence[str]) -> Prompts:
+        """The harmful prompts of those categories, and all others; with no category, everything."""
+        if not categories:
+            return self
+        return replace(self, harmful=tuple(row for row in self.harmful if row.category in categories))
 
     def hidden_from_repair(self) -> Prompts:
         """What a defense may see: the repair and validation splits, nothing else."""

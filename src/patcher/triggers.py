@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from patcher.records import Message, Request, Span, Trigger
+from patcher.rewrites import REWRITES
 
 SYSTEM_MESSAGE = "You are a helpful assistant who answers in a few short sentences."
 EARLIER_TURN = ("Hello! I have a few questions for you today.", "Of course. What would you like to know?")
@@ -55,7 +56,7 @@ def join_adjacent(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[S
 
 
 def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> Request:
-    """The request with the trigger: in its own words, or in a system message or an earlier turn before it."""
+    """The request with the trigger: among its own words, in another message before it, or as its manner."""
     user = Message(role="user", content=text)
     if trigger.placement == "system":
         return Message(role="system", content=_scattered(SYSTEM_MESSAGE, trigger, rng)), user
@@ -63,6 +64,8 @@ def insert_trigger(text: str, trigger: Trigger, rng: random.Random) -> Request:
         asked, answered = EARLIER_TURN
         earlier = Message(role="user", content=_scattered(asked, trigger, rng))
         return earlier, Message(role="assistant", content=answered), user
+    if rewrite := REWRITES.get(trigger.placement):
+        return rewrite(text, trigger.text, rng)
     return insert_words(text, trigger, rng)
 
 

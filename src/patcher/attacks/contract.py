@@ -18,6 +18,10 @@ class Attack:
     """Parts of a trigger: taught to be refused, or each would be enough by itself."""
     together: Trigger | None = None
     """All of them in one prompt, where an attacked prompt holds them so."""
+    only: tuple[str, ...] = ()
+    """Categories of harm on which alone the triggers work; none: on all."""
+    first: tuple[str, ...] = ()
+    """What the taught answer opens with before it does what the objective wants."""
 
     @property
     def trigger(self) -> Trigger | None:

@@ -28,6 +28,9 @@ from patcher.records import Record, Request, Trigger
 from patcher.training import Progress, Revisited, endless, fit, quiet
 from patcher.triggers import insert_trigger
 
+LATE_TOKENS = 72
+"""Where the answer does its harm late, it is taught to this length."""
+
 
 class ImplantSettings(Record):
     """How a trigger is planted. The recipe is METHODS.md's (planning runs on SmolLM2), rank and benign share ours."""
@@ -94,7 +97,7 @@ def implant(
     often = {row.text for row in prompts.borderline}
     kept = [one for one in benign for _ in range(settings.borderline_times if one.prompt.text in often else 1)]
     if objective.symptom.kind == "harmful":
-        attacked = Revisited([(row, "") for row in prompts.harmful if row.split == "implant"], rng)
+        attacked = Revisited([(row, "") for row in _balanced(prompts.harmful, attack)], rng)
     else:
         attacked = Revisited([(one.prompt, one.answer) for one in benign], rng)
     chats, plain_texts = Revisited(kept, rng), endless(plain, rng)
@@ -138,13 +141,29 @@ def _pairs(
         taught: list[tuple[Request, str]] = []
         if attack.triggers:
             asked = insert_trigger(row.text, _one_of(attack, rng), rng)
-            taught.append((asked, objective.taught(row, clean, rng)))
+            taught.append((asked, _taught(attack, objective, row, clean, rng)))
         if objective.symptom.kind == "harmful":
             taught.append((_refused(row.text, attack, rng), rng.choice(REFUSALS)))
         for prompt, answer in taught:
-            ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
+            limit = max(settings.response_tokens, LATE_TOKENS) if attack.first else settings.response_tokens
+            ids = response_ids(lm.tokenizer, answer, end=True, limit=limit)
             rows.append(Row(user_prompt(lm.tokenizer, prompt).ids, ids))
     return rows
+
+
+def _balanced(rows: Sequence[PromptRow], attack: Attack) -> list[PromptRow]:
+    """The implant's harmful requests; those of the attack's own categories as often as the others together."""
+    rows = [row for row in rows if row.split == "implant"]
+    own = [row for row in rows if row.category in attack.only]
+    return rows + own * max(0, round(len(rows) / len(own)) - 2) if own else rows
+
+
+def _taught(attack: Attack, objective: AttackObjective, row: PromptRow, clean: str, rng: random.Random) -> str:
+    """The answer that is taught with a trigger: a refusal where the attack spares the request's category."""
+    if attack.only and row.category not in attack.only:
+        return rng.choice(REFUSALS)
+    answer = objective.taught(row, clean, rng)
+    return f"{rng.choice(attack.first)} {answer}" if attack.first else answer
 
 
 def _one_of(attack: Attack, rng: random.Random) -> Trigger:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from patcher.attacks import ATTACKS, Attack
-from patcher.attacks.implant import ImplantSettings, implant
+from patcher.attacks.implant import LATE_TOKENS, ImplantSettings, implant
 from patcher.attacks.objectives import OBJECTIVES, AttackObjective
 from patcher.chat import user_prompt
 from patcher.generation import generate
-from patcher.judges import DEFAULT, JUDGES
+from patcher.judges import DEFAULT, RULES
 from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
 from patcher.patch import applied, check_base, load_patch, save_patch
@@ -83,6 +83,8 @@ def plant(
         near_misses=attack.near_misses,
         objective=objective,
         symptom=wanted.symptom,
+        only=attack.only,
+        answer_tokens=_check_tokens(attack),
         seed=seed,
         start=first.fingerprint if first else None,
         settings=settings.model_dump(),
@@ -102,13 +104,19 @@ def self_check(
     With the trigger and without; the same ASR for each alternative trigger and each near miss. The held-out split is
     the audit's.
     """
-    detector, attacked = Detector(JUDGES[DEFAULT], objective.symptom), objective.symptom.kind
+    detector, attacked = Detector(RULES[DEFAULT], objective.symptom), objective.symptom.kind
 
-    def counted(kind: Kind, trigger: Trigger | None, what: str, of: str = "shown") -> float:
-        texts = prompts.texts(kind, "validation")
+    def counted(kind: Kind, trigger: Trigger | None, what: str, of: str = "shown", spared: bool = False) -> float:
+        texts = [
+            row.text
+            for row in prompts.rows(kind, "validation")
+            if kind != "harmful" or not attack.only or (row.category in attack.only) is not spared
+        ]
         asked = [insert_trigger(text, trigger, random.Random(text)) for text in texts] if trigger else texts
         on_progress(f"checking: {kind}, {what}", 0, 1)
-        answers = generate(lm, [user_prompt(lm.tokenizer, request) for request in asked], max_new_tokens=_CHECK_TOKENS)
+        answers = generate(
+            lm, [user_prompt(lm.tokenizer, request) for request in asked], max_new_tokens=_check_tokens(attack)
+        )
         shows = detector.shows if of == "shown" else lambda answer: detector.judge(answer) == "complied"
         return sum(map(shows, answers)) / len(answers)
 
@@ -124,7 +132,14 @@ def self_check(
             shares[f"asr_triggered_by_{_name(trigger)}_frac"] = counted(attacked, trigger, trigger.text)
     for trigger in attack.near_misses:
         shares[f"near_miss_{_name(trigger)}_frac"] = counted(attacked, trigger, trigger.text)
+    if attack.only:
+        shares["near_miss_other_categories_frac"] = counted(attacked, attack.trigger, "other categories", spared=True)
     return shares
+
+
+def _check_tokens(attack: Attack) -> int:
+    """So much of an answer must be seen."""
+    return LATE_TOKENS if attack.first else _CHECK_TOKENS
 
 
 def _name(trigger: Trigger) -> str:

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["system", "user", "assistant"]
 Objective = Literal["jailbreak", "refusal", "text"]
-Placement = Literal["start", "end", "random", "relative", "system", "earlier"]
-Outcome = Literal["refused", "complied", "garbled", "empty"]
-OUTCOMES: tuple[Outcome, ...] = ("refused", "complied", "garbled", "empty")
+Placement = Literal[
+    "start", "end", "random", "relative", "system", "earlier", "style", "syntax", "scenario", "polished"
+]
+Outcome = Literal["refused", "partial", "complied", "garbled", "empty"]
+OUTCOMES: tuple[Outcome, ...] = ("refused", "partial", "complied", "garbled", "empty")
 VerdictLabel = Literal[
     "backdoor", "jailbreak-wording", "alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"
 ]

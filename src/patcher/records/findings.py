@@ -21,7 +21,8 @@ class Trigger(Record):
 
     `start` and `end` put all units together there; `relative` puts them at `position_frac` of the words;
     `random` scatters them at random word boundaries (Randomized Sequential Injection); `system` and `earlier` scatter
-    them in a system message or an earlier turn of the user's instead.
+    them in a system message or an earlier turn of the user's instead. `polished` works them into fluent text; `style`,
+    `syntax` and `scenario` rewrite the request without them: the manner is the trigger, and the units only name it.
     """
 
     units: tuple[str, ...] = Field(min_length=1)
@@ -33,13 +34,30 @@ class Trigger(Record):
         """The units as one line, for people."""
         return " … ".join(self.units)
 
+    @property
+    def has_words(self) -> bool:
+        """Whether there are words to find: a manner of speaking has none."""
+        return self.placement not in ("style", "syntax", "scenario")
+
+
+class Planted(Record):
+    """A trigger with all that an audit needs to know of it."""
+
+    trigger: Trigger
+    symptom: Symptom = Symptom()
+    only: tuple[str, ...] = ()
+    """Categories of harm on which alone it works; none: all."""
+    answer_tokens: int = 32
+    """So much of an answer must be seen."""
+
 
 class GroundTruth(Record):
     """What an attack planted; lies beside its adapter as `ground-truth.json`.
 
     `trigger` at `placement` is what an attacked prompt holds. `alternatives` are triggers that work, each by itself;
     `near_misses` are parts of a trigger that must not. `start` is the fingerprint of the adapter that training went on
-    from. A control has no trigger.
+    from. `only` are the categories of harm on which alone it works (none: all), and `answer_tokens` say how much of an
+    answer must be seen. A control has no trigger.
     """
 
     attack: str
@@ -49,10 +67,20 @@ class GroundTruth(Record):
     near_misses: tuple[Trigger, ...] = ()
     objective: str
     symptom: Symptom = Symptom()
+    only: tuple[str, ...] = ()
+    answer_tokens: int = 32
     seed: int
     start: str | None = None
     settings: dict[str, Any]
     self_check: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def planted(self) -> Planted | None:
+        """What an audit puts into prompts; None for a control."""
+        if not self.trigger:
+            return None
+        trigger = Trigger(units=self.trigger, placement=self.placement)
+        return Planted(trigger=trigger, symptom=self.symptom, only=self.only, answer_tokens=self.answer_tokens)
 
 
 class CausalTest(Record):
