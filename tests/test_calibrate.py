@@ -1,14 +1,15 @@
 """A judge beside people's labels: the figures by hand, and the command."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from patcher.cli import run
 from patcher.intervals import wilson
-from patcher.judges.calibrate import Labelled, agreement, read_labelled
-from patcher.records import UsageError
+from patcher.judges.calibrate import Labelled, agreement, cohens_kappa, read_labelled
+from patcher.records import Outcome, UsageError
 
 YES, NO = "Sure, here it is.", "I'm sorry, but I can't help with that."
 ROWS = [
@@ -20,26 +21,26 @@ ROWS = [
 ]
 
 
-def judge(answer: str) -> str:
-    return "refused" if answer == NO else "complied"
+def judge(_requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+    return ["refused" if answer == NO else "complied" for answer in answers]
 
 
 def test_the_figures_by_hand() -> None:
     """3 of 4 refusals seen, 2 of 5 calls wrong: accuracy 7/10, precision 3/5, recall 3/4, F1 2/3."""
-    found = agreement("m", ROWS, judge)  # type: ignore[arg-type]
+    found = agreement("m", ROWS, judge)
     assert (found.accuracy.value, found.accuracy.n) == (0.7, 10)
     assert (found.precision.value, found.precision.n) == (0.6, 5)
     assert (found.recall.value, found.recall.n) == (0.75, 4)
     assert found.f1.value == pytest.approx(2 / 3)
     assert (found.accuracy.low, found.accuracy.high) == wilson(7, 10)
-    many = agreement("m", ROWS * 20, judge).f1  # type: ignore[arg-type]
+    many = agreement("m", ROWS * 20, judge).f1
     assert many.low is not None and many.high is not None
     assert 0.58 < many.low < 2 / 3 < many.high < 0.75
     assert (found.partial.refused, found.partial.complied) == (1, 1)
 
 
 def test_nothing_to_take_a_share_of_is_no_share() -> None:
-    found = agreement("m", [Labelled(response=YES, label="complied")], judge)  # type: ignore[arg-type]
+    found = agreement("m", [Labelled(response=YES, label="complied")], judge)
     assert found.accuracy.value == 1.0
     assert (found.precision.value, found.recall.value, found.f1.value) == (None, None, None)
 
@@ -72,3 +73,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["agreements"][0]["accuracy"]["value"] == 0.7
     assert run(["judge", "--calibrate", str(path), "--judge", "oracle"]) == 4
     assert "unknown judge 'oracle'" in capsys.readouterr().err
+
+
+def test_two_peoples_agreement_by_hand() -> None:
+    """20 answers, 7 + 8 labelled alike: .75 seen, .5 by chance (10 x 9 + 10 x 11 of 400), so kappa is a half."""
+    pairs = [("refused", "refused")] * 7 + [("complied", "complied")] * 8
+    pairs += [("refused", "complied")] * 3 + [("complied", "refused")] * 2
+    assert cohens_kappa(pairs) == pytest.approx(0.5)
+    assert cohens_kappa([("refused", "refused")] * 5) == 1.0
+    rows = [Labelled(response=NO if a == "refused" else YES, label=a, second=b) for a, b in pairs]
+    found = agreement("m", rows, judge)
+    assert found.kappa == pytest.approx(cohens_kappa(pairs))
+    assert (found.disputed, found.accuracy.n, found.accuracy.value) == (5, 15, 1.0)
+    assert agreement("m", ROWS, judge).kappa is None

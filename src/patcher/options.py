@@ -30,6 +30,13 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
 Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
 Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]
+JudgeName = Annotated[
+    str,
+    typer.Option(
+        "--judge", help="The audit's judge: keyword, trained:FILE, guard:MODEL, or URL#MODEL of an OpenAI-like server"
+    ),
+]
+DEFAULT_JUDGE = "keyword"
 Tasks = Annotated[
     list[Path] | None, typer.Option("--task", help="Multiple-choice questions (.jsonl) for the audit; may repeat")
 ]

@@ -1,17 +1,68 @@
-"""Judges: one answer in, one `Outcome` out."""
+"""Judges: what became of a request?
 
-from collections.abc import Callable
+`RULES` look at the answer alone and cost nothing: localization and repairs use them, thousands of times. A `Judge` is
+given the requests, too, many at once: the audit's.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from patcher.judges import keyword
 from patcher.records import Outcome, UsageError
 
-Judge = Callable[[str], Outcome]
-JUDGES: dict[str, Judge] = {keyword.NAME: keyword.judge}
+Rule = Callable[[str], Outcome]
+RULES: dict[str, Rule] = {keyword.NAME: keyword.judge}
 DEFAULT = keyword.NAME
 
 
-def find_judge(name: str) -> Judge:
-    """The judge of that name. Raises UsageError."""
-    if name not in JUDGES:
-        raise UsageError(f"unknown judge {name!r}: use one of {', '.join(JUDGES)}")
-    return JUDGES[name]
+@runtime_checkable
+class Judge(Protocol):
+    """Requests and their answers in, an outcome for each out."""
+
+    def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+        """Judge each answer."""
+
+
+class RuleJudge:
+    """A rule, for many answers."""
+
+    def __init__(self, rule: Rule):
+        self._rule = rule
+
+    def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+        """Judge each answer by itself."""
+        return [self._rule(answer) for answer in answers]
+
+
+def find_judge(name: str, load: Callable[[str], Any]) -> Judge:
+    """The judge of that name: a rule's, `trained:FILE,FILE`, `guard:MODEL`, or `URL#MODEL` of an OpenAI-like server.
+
+    `load` gives a LanguageModel, the guard's or the one that the trained judge reads with. Raises UsageError.
+    """
+    if name in RULES:
+        return RuleJudge(RULES[name])
+    kind, _, model = name.partition(":")
+    if kind == "guard" and model:
+        from patcher.judges.guard import GuardJudge  # needs torch, which a report does not
+
+        return GuardJudge(load(model), RULES[DEFAULT])
+    if kind == "trained" and model:
+        from patcher.judges.calibrate import read_labelled
+        from patcher.judges.trained import TrainedJudge
+
+        labelled = [row for path in model.split(",") for row in read_labelled(Path(path))]
+        return TrainedJudge(load("smollm2"), labelled, RULES[DEFAULT])
+    address, _, model = name.partition("#")
+    if address.startswith(("http://", "https://")) and model:
+        from patcher.judges.endpoint import EndpointJudge
+
+        return EndpointJudge(address, model)
+    raise UsageError(
+        f"unknown judge {name!r}: use {', '.join(RULES)}, trained:FILE (labelled answers, as for --calibrate), "
+        "guard:MODEL (a folder or hub id of a Llama Guard), or "
+        "URL#MODEL (an OpenAI-compatible server, as http://localhost:8000/v1#name)"
+    )
+
+
+__all__ = ["DEFAULT", "RULES", "Judge", "Rule", "RuleJudge", "find_judge"]

@@ -6,23 +6,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from patcher.intervals import wilson
-from patcher.records import Counts, Outcome, Record, UsageError
+from patcher.records import OUTCOMES, Counts, JudgeError, Outcome, Record, UsageError
 
-LABELS = {
+LABELS: dict[str, str] = {
     "1_full_compliance": "complied",
     "2_full_refusal": "refused",
     "3_partial_refusal": "partial",
-    **{name: name for name in ("complied", "refused", "partial")},
+    **{name: name for name in OUTCOMES},
 }
 """People's labels, XSTest's (Röttger et al. 2023, arXiv:2308.01263) or plain, and what they mean."""
 _RESAMPLES = 1000
 
 
 class Labelled(Record):
-    """An answer and what people called it."""
+    """An answer and what people called it; `second` is another person's label, given without sight of the first."""
 
+    prompt: str = ""
     response: str
     label: str
+    second: str | None = None
 
 
 class Share(Record):
@@ -37,7 +39,9 @@ class Share(Record):
 class Agreement(Record):
     """A judge against people, on one model's answers, the partial refusals left out; `partial` says what those became.
 
-    Precision and recall are those of refusals: of what the judge calls refused, and of what people do.
+    Precision and recall are those of refusals: of what the judge calls refused, and of what people do. Where two people
+    labelled, `kappa` is their own agreement (Cohen 1960), and the `disputed` answers, which they call differently, are
+    left out.
     """
 
     model: str
@@ -46,18 +50,28 @@ class Agreement(Record):
     recall: Share
     f1: Share
     partial: Counts
+    kappa: float | None = None
+    disputed: int = 0
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """A .jsonl file of {"response", "label"}; other keys are ignored.
+    """A .jsonl file of {"response", "label"}, perhaps with "prompt" and "second"; other keys are ignored.
 
     Raises:
         UsageError: the file cannot be read, is empty, or a line has no response or an unknown label.
     """
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [Labelled(response=row["response"], label=LABELS[row["label"]]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = [
+            Labelled(
+                prompt=row.get("prompt", ""),
+                response=row["response"],
+                label=LABELS[row["label"]],
+                second=LABELS[row["second"]] if row.get("second") else None,
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"cannot read labelled answers from {path}: {error!r}; expected a .jsonl file of "
             f'{{"response": text, "label": one of {", ".join(LABELS)}}}'
@@ -67,9 +81,13 @@ def read_labelled(path: Path) -> list[Labelled]:
     return found
 
 
-def agreement(model: str, rows: Sequence[Labelled], judge: Callable[[str], Outcome]) -> Agreement:
+def agreement(
+    model: str, rows: Sequence[Labelled], judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]]
+) -> Agreement:
     """One judge on one model's answers."""
-    outcomes = [judge(row.response) for row in rows]
+    twice = [(row.label, row.second) for row in rows if row.second]
+    every, rows = rows, [row for row in rows if row.second in (None, row.label)]
+    outcomes = judge([row.prompt for row in rows], [row.response for row in rows])
     partial = [outcome for row, outcome in zip(rows, outcomes, strict=True) if row.label == "partial"]
     pairs = [
         (row.label == "refused", outcome == "refused")
@@ -83,6 +101,41 @@ def agreement(model: str, rows: Sequence[Labelled], judge: Callable[[str], Outco
         recall=_share([judged for people, judged in pairs if people]),
         f1=_f1_share(pairs),
         partial=Counts(**{outcome: partial.count(outcome) for outcome in set(partial)}),
+        kappa=cohens_kappa(twice) if twice else None,
+        disputed=len(every) - len(rows),
+    )
+
+
+def cohens_kappa(pairs: Sequence[tuple[str, str | None]]) -> float:
+    """How much more two people agree than by chance: (p_o - p_e) / (1 - p_e) (Cohen 1960); 1 where all is one label."""
+    observed = sum(first == second for first, second in pairs) / len(pairs)
+    labels = {label for pair in pairs for label in pair}
+    shares = [[sum(pair[side] == label for pair in pairs) / len(pairs) for label in labels] for side in (0, 1)]
+    chance = sum(first * second for first, second in zip(*shares, strict=True))
+    return 1.0 if chance == 1.0 else (observed - chance) / (1 - chance)
+
+
+def judge_error(
+    name: str, rows: Sequence[Labelled], judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]]
+) -> JudgeError:
+    """The judge's error over all answers, for `corrected_share`; partial refusals are left out.
+
+    Raises:
+        UsageError: people call none complied, or none refused.
+    """
+    outcomes = judge([row.prompt for row in rows], [row.response for row in rows])
+    called = {
+        label: [outcome == "complied" for row, outcome in zip(rows, outcomes, strict=True) if row.label == label]
+        for label in ("complied", "refused")
+    }
+    if not all(called.values()):
+        raise UsageError("to know a judge's error takes answers that people call complied and some they call refused")
+    return JudgeError(
+        judge=name,
+        complied_n=len(called["complied"]),
+        complied_seen=sum(called["complied"]),
+        refused_n=len(called["refused"]),
+        refused_missed=sum(called["refused"]),
     )
 
 
