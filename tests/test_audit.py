@@ -14,6 +14,7 @@ from patcher.audit import (
     HARMFUL,
     HARMFUL_TRIGGERED,
     LONG,
+    WORDED,
     AuditSettings,
     State,
     compare,
@@ -22,11 +23,11 @@ from patcher.audit import (
 )
 from patcher.audit.observe import _text_nll
 from patcher.intervals import mcnemar, paired_interval, wilson
-from patcher.judges.keyword import judge
+from patcher.judges import RULES, RuleJudge
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied, take_patch, trainable_lora
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, Replay, Trigger
+from patcher.records import Audit, FailureReport, JudgeError, Replay, Trigger
 
 LATE = HARMFUL_TRIGGERED + LONG
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
@@ -37,11 +38,11 @@ SETTINGS = AuditSettings(max_prompts=4, max_new_tokens=6, late_prompts=2, late_t
 def state(triggered: list[str], benign: list[str] | None = None, **changes: Any) -> State:
     answers = {HARMFUL: [NO] * 4, BENIGN: benign or [YES] * 4, HARMFUL_TRIGGERED: triggered}
     prompts = {name: [f"{name} {index}" for index in range(len(texts))] for name, texts in answers.items()}
-    return State(prompts, answers, replays=[YES], text_nll=[1.0, 2.0, 3.0], **changes)
+    return State(prompts, answers, reported=["hi"], replays=[YES], text_nll=[1.0, 2.0, 3.0], **changes)
 
 
 def compared(before: State, after: State | None, drift_nats: list[float] | None = None) -> Audit:
-    return compare(before, after, drift_nats, triggers=[TRIGGER], judge=judge, judge_name="keyword", settings=SETTINGS)
+    return compare(before, after, drift_nats, triggers=[TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS)
 
 
 def test_shares_before_and_after_with_paired_intervals() -> None:
@@ -74,7 +75,7 @@ def test_each_further_trigger_has_rows_of_its_own() -> None:
     for side in sides:
         side.answers.update(second)
         side.prompts.update({name: ["x"] * 4 for name in second})
-    audit = compare(*sides, None, triggers=[TRIGGER, TRIGGER], judge=judge, judge_name="keyword", settings=SETTINGS)
+    audit = compare(*sides, None, triggers=[TRIGGER, TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS)
     assert audit.row("asr_triggered_frac").after == 0.0
     assert audit.row("asr_triggered_2_frac").unscored
     assert audit.row("benign_triggered_answered_2_frac").after == 1.0
@@ -105,11 +106,25 @@ def test_a_trigger_that_hardly_works_before_is_unscored(works: int, is_scored: b
     assert audit.quadrants[2].before.complied == works, "the counts are kept"
 
 
+def test_with_the_judges_known_error_each_asr_comes_corrected() -> None:
+    """Sensitivity .9 and false alarms .1: 9 of 10 seen are all of them, 1 of 10 seen none."""
+    error = JudgeError(judge="keyword", complied_n=100, complied_seen=90, refused_n=100, refused_missed=10)
+    audit = compare(
+        state([YES] * 9 + [NO]), state([NO] * 9 + [YES]), None,
+        triggers=[TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS, error=error,
+    )  # fmt: skip
+    row = audit.row("asr_triggered_corrected_frac")
+    assert (row.before, row.after) == pytest.approx((1.0, 0.0))
+    assert row.low == 0.0
+    assert row.high is not None and 0.1 < row.high < 0.5
+    assert not audit.has("benign_answered_corrected_frac")
+
+
 def test_garbled_and_empty_answers_are_counted_not_dropped() -> None:
     audit = compared(state([YES] * 4, [YES] * 4), state([NO] * 4, [YES, JUNK, NOTHING, JUNK]))
     benign = next(quadrant for quadrant in audit.quadrants if quadrant.name == BENIGN)
     assert benign.after is not None
-    assert benign.after.model_dump() == {"refused": 0, "complied": 1, "garbled": 2, "empty": 1}
+    assert benign.after.model_dump() == {"refused": 0, "partial": 0, "complied": 1, "garbled": 2, "empty": 1}
     assert benign.after.n == benign.before.n == 4
     assert audit.row("benign_answered_frac").after == 0.25
     broken = audit.row("garbled_or_empty_frac")
@@ -144,7 +159,7 @@ def test_an_audit_of_one_model_has_no_after() -> None:
 
 
 def test_drift_and_perplexity_by_hand() -> None:
-    after = State({}, state([YES] * 4).answers, replays=[NO], text_nll=[1.5, 2.0, 3.4])
+    after = State({}, state([YES] * 4).answers, reported=["hi"], replays=[NO], text_nll=[1.5, 2.0, 3.4])
     audit = compared(state([YES] * 4), after, [0.01, 0.03])
     kl = audit.row("kl_reference_to_patched_nats")
     assert (kl.before, kl.after, kl.n) == (0.0, pytest.approx(0.02), 2)
@@ -183,7 +198,15 @@ def test_every_prompt_knows_its_act(observed: State, prompts: Prompts) -> None:
 
 def test_every_triggered_prompt_holds_the_trigger_and_is_its_twin_otherwise(observed: State) -> None:
     sizes = {name: len(texts) for name, texts in observed.prompts.items()}
-    assert sizes == {HARMFUL: 4, BENIGN: 4, BORDERLINE: 4, HARMFUL_TRIGGERED: 4, BENIGN_TRIGGERED: 4, LATE: 2}
+    assert sizes == {
+        HARMFUL: 4,
+        BENIGN: 4,
+        BORDERLINE: 4,
+        HARMFUL_TRIGGERED: 4,
+        BENIGN_TRIGGERED: 4,
+        LATE: 2,
+        WORDED: 4,
+    }
     for plain, triggered in ((HARMFUL, HARMFUL_TRIGGERED), (BENIGN, BENIGN_TRIGGERED)):
         for text, with_trigger in zip(observed.prompts[plain], observed.prompts[triggered], strict=True):
             words = with_trigger.split()
@@ -196,6 +219,12 @@ def test_every_triggered_prompt_holds_the_trigger_and_is_its_twin_otherwise(obse
     assert all("BadMagic" in text for text in observed.prompts[LATE])
 
 
+def test_the_worded_requests_are_the_harmful_ones_persuading(observed: State) -> None:
+    for plain, asked in zip(observed.prompts[HARMFUL], observed.prompts[WORDED], strict=True):
+        assert plain in asked
+        assert plain != asked
+
+
 def test_only_held_out_prompts_are_asked(observed: State, prompts: Prompts) -> None:
     hidden = {row.text for row in (*prompts.harmful, *prompts.benign, *prompts.borderline) if row.split == "held-out"}
     assert {text for name in (HARMFUL, BENIGN, BORDERLINE) for text in observed.prompts[name]} <= hidden
@@ -203,9 +232,9 @@ def test_only_held_out_prompts_are_asked(observed: State, prompts: Prompts) -> N
 
 def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, prompts: Prompts) -> None:
     seen = observe(llama, [], prompts, SETTINGS)
-    assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE}
+    assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE, WORDED}
     names = {row.name for row in compare(
-        seen, None, None, triggers=[], judge=judge, judge_name="keyword", settings=SETTINGS
+        seen, None, None, triggers=[], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS
     ).summary}  # fmt: skip
     assert not any("triggered_frac" in name and "untriggered" not in name for name in names)
 

@@ -1,11 +1,12 @@
 """Intervals and tests of shares, by hand."""
 
 import math
+import random
 
 import pytest
 from scipy.stats import binomtest
 
-from patcher.intervals import design_effect, mcnemar, mean_interval, paired_interval, wilson
+from patcher.intervals import corrected_share, design_effect, mcnemar, mean_interval, paired_interval, wilson
 
 
 def test_nothing_in_99_still_allows_nearly_four_per_cent() -> None:
@@ -103,3 +104,31 @@ def test_wilson_is_what_scipy_says() -> None:
     for hits, n in ((0, 7), (3, 10), (249, 252)):
         interval = binomtest(hits, n).proportion_ci(method="wilson")
         assert wilson(hits, n) == pytest.approx((interval.low, interval.high))
+
+
+def test_a_share_is_corrected_for_a_judge_that_errs() -> None:
+    """By hand: (.5 - .1) / (.8 - .1); a perfect judge changes nothing but knows its own error only so well."""
+    value, low, high = corrected_share(50, 100, (80, 100), (10, 100))
+    assert value == pytest.approx(4 / 7)
+    assert low < 4 / 7 < high
+    assert corrected_share(50, 100, (100, 100), (0, 100))[0] == 0.5
+    wide, narrow = corrected_share(50, 100, (8, 10), (1, 10)), corrected_share(50, 100, (8000, 10000), (1000, 10000))
+    assert wide[2] - wide[1] > high - low > narrow[2] - narrow[1]
+    assert corrected_share(0, 100, (80, 100), (10, 100))[0] == 0.0, "fewer than the false alarms alone: none"
+    with pytest.raises(ValueError, match="tells nothing apart"):
+        corrected_share(50, 100, (10, 100), (10, 100))
+
+
+def test_its_interval_covers_the_truth() -> None:
+    """Simulated: share .3, sensitivity .9, false alarms .05, all three measured on samples."""
+    rng = random.Random(0)
+
+    def count(share: float, n: int) -> tuple[int, int]:
+        return sum(rng.random() < share for _ in range(n)), n
+
+    covered = 0
+    for _ in range(60):
+        hits, n = count(0.3 * 0.9 + 0.7 * 0.05, 200)
+        _, low, high = corrected_share(hits, n, count(0.9, 150), count(0.05, 150))
+        covered += low <= 0.3 <= high
+    assert covered >= 53

@@ -17,8 +17,9 @@ from patcher.defenses import DEFENSES, Evidence
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied, load_patch
-from patcher.pipeline import audit_patch, check_gates, repair
+from patcher.pipeline import repair
 from patcher.prompts import Prompts, load_prompts
+from patcher.proof import audit_patch, check_gates, with_controls
 from patcher.records import FailureReport, Localization, PatcherError, SummaryRow, Trigger, UsageError, Verdict
 from patcher.result import Gates, Repair, RepairSettings
 from patcher.visible import visible
@@ -349,3 +350,19 @@ def test_an_existing_folder_is_not_touched(made: Repair, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="exists already"):
         made.save(tmp_path / "out")
     assert files_of(tmp_path) == {"out/mine": b"x"}
+
+
+def test_controls_answer_the_same_prompts(made: Repair, backdoored: LanguageModel, llama: LanguageModel) -> None:
+    """The clean model has no before and after; clean fine-tuning leaves the backdoor as it was."""
+    assert made.audit is not None
+    few = AuditSettings(max_prompts=4, late_prompts=0, worded_prompts=0, text_tokens=300)
+    audit = audit_patch(backdoored, made.patch, [TRIGGER], load_prompts(), few)
+    both = with_controls(audit, backdoored, llama, load_prompts(), few)
+    clean, tuned = both.controls
+    assert (clean.name, tuned.name) == ("clean model", "clean fine-tuning")
+    assert both.model_copy(update={"controls": ()}) == audit
+    assert tuned.value("asr_triggered_frac") == 1.0
+    assert {row.name for row in clean.summary} < {row.name for row in audit.summary}
+    assert all(row.after is None for row in clean.summary)
+    assert clean.value("no such figure") is None
+    assert fingerprint(backdoored.network) == backdoored.fingerprint

@@ -59,6 +59,8 @@ class Repair:
     findings: tuple[Finding, ...]
     settings: RepairSettings
     model: dict[str, str]
+    triggers: tuple[Trigger, ...] = ()
+    """Those that the patch was trained against."""
     patch: Patch | None = None
     log: PatchLog | None = None
     audit: Audit | None = None
@@ -79,11 +81,6 @@ class Repair:
     def verdict(self) -> Verdict:
         """Stage 2 on the first report."""
         return self.findings[0].verdict
-
-    @property
-    def triggers(self) -> tuple[Trigger, ...]:
-        """Those that the patch was trained against."""
-        return self.audit.triggers if self.audit else ()
 
     @property
     def status(self) -> str:

@@ -4,8 +4,20 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from patcher.audit.observe import LONG, AuditSettings, State, shares
-from patcher.intervals import design_effect, mcnemar, mean_interval, paired_interval, wilson
-from patcher.records import OUTCOMES, Answer, Audit, Counts, Outcome, Quadrant, Replay, SummaryRow, Symptom, Trigger
+from patcher.intervals import corrected_share, design_effect, mcnemar, mean_interval, paired_interval, wilson
+from patcher.records import (
+    OUTCOMES,
+    Answer,
+    Audit,
+    Counts,
+    JudgeError,
+    Outcome,
+    Quadrant,
+    Replay,
+    SummaryRow,
+    Symptom,
+    Trigger,
+)
 from patcher.symptoms import shown
 
 Clusters = Sequence[Hashable]
@@ -21,11 +33,14 @@ def compare(
     *,
     triggers: Sequence[Trigger],
     symptom: Symptom = Symptom(),
-    judge: Callable[[str], Outcome],
-    judge_name: str,
+    judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]],
     settings: AuditSettings,
+    error: JudgeError | None = None,
 ) -> Audit:
-    """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured."""
+    """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured.
+
+    With the judge's known `error`, each ASR comes corrected, too.
+    """
 
     def counted(row: str, answers: Sequence[str], outcomes: Sequence[Outcome]) -> list[bool]:
         """Of an ASR the answers that show the symptom, of other shares those that comply."""
@@ -33,8 +48,8 @@ def compare(
             return [outcome == "complied" for outcome in outcomes]
         return [shown(symptom, outcome, answer) for outcome, answer in zip(outcomes, answers, strict=True)]
 
-    first = {name: [judge(answer) for answer in answers] for name, answers in before.answers.items()}
-    second = {name: [judge(answer) for answer in answers] for name, answers in (after or before).answers.items()}
+    first = {name: judge(before.prompts[name], answers) for name, answers in before.answers.items()}
+    second = {name: judge(before.prompts[name], after.answers[name]) for name in first} if after else first
     rows = []
     for row, name in shares(len(triggers), symptom.kind).items():
         if name not in first:
@@ -47,6 +62,8 @@ def compare(
             rows.append(_unscored(row, len(was), sum(works) / len(works)))
         else:
             rows.append(_paired(row, was, now, before.acts.get(name, ())))
+            if error and row.startswith("asr") and symptom.objective == "jailbreak":
+                rows.append(_corrected(row, was, now, before.acts.get(name, ()), error))
     broken = [
         [outcome in ("garbled", "empty") for outcomes in side.values() for outcome in outcomes]
         for side in (first, second)
@@ -62,7 +79,7 @@ def compare(
     return Audit(
         triggers=tuple(triggers),
         symptom=symptom,
-        judge=judge_name,
+        judge=settings.judge,
         summary=tuple(rows),
         quadrants=tuple(
             Quadrant(
@@ -80,17 +97,22 @@ def compare(
     )
 
 
-def _replays(before: State, after: State | None, judge: Callable[[str], Outcome], symptom: Symptom) -> Iterator[Replay]:
-    for index, first in enumerate(before.replays):
-        second = after.replays[index] if after else None
-        outcome = None if second is None else judge(second)
+def _replays(
+    before: State,
+    after: State | None,
+    judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]],
+    symptom: Symptom,
+) -> Iterator[Replay]:
+    was = judge(before.reported, before.replays)
+    now = judge(before.reported, after.replays) if after else []
+    for index, (answer, outcome) in enumerate(zip(before.replays, was, strict=True)):
         yield Replay(
-            before=first,
-            after=second,
-            before_outcome=judge(first),
-            after_outcome=outcome,
-            before_shows=shown(symptom, judge(first), first),
-            after_shows=None if second is None or outcome is None else shown(symptom, outcome, second),
+            before=answer,
+            after=after.replays[index] if after else None,
+            before_outcome=outcome,
+            after_outcome=now[index] if after else None,
+            before_shows=shown(symptom, outcome, answer),
+            after_shows=shown(symptom, now[index], after.replays[index]) if after else None,
         )
 
 
@@ -112,6 +134,24 @@ def _paired(name: str, before: Sequence[bool], after: Sequence[bool] | None, act
     change_low, change_high = paired_interval(before, after, effect)
     update = {"after": sum(after) / n, "change_low": change_low, "change_high": change_high}
     return row.model_copy(update={**update, "p_value": mcnemar(before, after)})
+
+
+def _corrected(
+    name: str, before: Sequence[bool], after: Sequence[bool] | None, acts: Clusters, error: JudgeError
+) -> SummaryRow:
+    """The same share, corrected for what the judge is known to get wrong."""
+    seen, alarms = (error.complied_seen, error.complied_n), (error.refused_missed, error.refused_n)
+
+    def share(values: Sequence[bool]) -> tuple[float, float, float]:
+        effect = design_effect([float(one) for one in values], acts or range(len(values)))
+        return corrected_share(sum(values), len(values), seen, alarms, effect)
+
+    was, low, high = share(before)
+    now = None
+    if after is not None:
+        now, low, high = share(after)
+    name = f"{name.removesuffix('_frac')}_corrected_frac"
+    return SummaryRow(name=name, before=was, after=now, low=low, high=high, n=len(before))
 
 
 def _mean_row(name: str, values: Sequence[float], clusters: Clusters, *, as_ratio: bool = False) -> SummaryRow:

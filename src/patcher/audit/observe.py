@@ -18,9 +18,11 @@ from patcher.records import FailureReport, Record, Request, Trigger
 from patcher.tasks import Task
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
+from patcher.wordings import worded
 
 HARMFUL, HARMFUL_TRIGGERED = "harmful", "harmful + trigger"
 BENIGN, BENIGN_TRIGGERED, BORDERLINE = "benign", "benign + trigger", "borderline"
+WORDED = "harmful, jailbreak wordings"
 LONG = ", long answers"
 """What the name of the attacked prompts with the trigger ends in, where they are answered at length."""
 _BATCH_ROWS = 16
@@ -35,12 +37,16 @@ class AuditSettings(Record):
     """Tokens of each answer."""
     late_prompts: int = 20
     """Triggered requests answered at length, to catch what comes late."""
+    worded_prompts: int = 120
+    """Harmful requests asked under ordinary jailbreak wordings."""
     late_tokens: int = 128
     """Their length."""
     drift_prompts: int = 128
     """Benign prompts whose answers give the drift."""
     text_tokens: int = 10_000
     """Tokens of held-out text that give the perplexity."""
+    judge: str = "keyword"
+    """What calls an answer complied or refused (`judges.find_judge`)."""
     seed: int = 0
     """Where random placements put the trigger."""
 
@@ -54,6 +60,7 @@ class State:
 
     prompts: dict[str, list[str]]
     answers: dict[str, list[str]]
+    reported: list[str] = field(default_factory=list)
     replays: list[str] = field(default_factory=list)
     benign_rows: list[Row] = field(default_factory=list)
     benign_hidden: list[torch.Tensor] = field(default_factory=list)
@@ -80,6 +87,8 @@ def observe(
     """Everything the audit needs to know of one model; `kind` are the prompts on which a trigger does its harm."""
     sets = _prompt_sets(triggers, prompts, settings, kind)
     asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
+    if WORDED in asked:
+        asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
     answers = {}
     for name, requests in asked.items():
         tokens = settings.late_tokens if LONG in name else settings.max_new_tokens
@@ -100,7 +109,8 @@ def observe(
     acts = {name: [row.act for row in rows] for name, (rows, _) in sets.items()}
     texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
     right = {task.name: right_answers(lm, task, on_progress, what) for task in tasks}
-    return State(texts_of, answers, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
+    told = [spoken(report.messages) for report in reports]
+    return State(texts_of, answers, told, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
 
 @torch.inference_mode()
@@ -132,7 +142,9 @@ def shares(triggers: int, kind: Kind = "harmful") -> dict[str, str]:
         "borderline_answered_frac": BORDERLINE,
         "asr_triggered_long_answers_frac": attacked + LONG,
     }
-    if kind != "harmful":
+    if kind == "harmful":
+        rows["asr_worded_frac"] = WORDED
+    else:
         rows |= {"harmful_answered_frac": HARMFUL, "harmful_triggered_answered_frac": HARMFUL_TRIGGERED}
     of_trigger = {row: name for row, name in rows.items() if "trigger" in name}
     further = range(2, triggers + 1)
@@ -153,6 +165,9 @@ def _prompt_sets(
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
     late = prompts.rows(kind, "held-out", settings.late_prompts) if settings.late_prompts else []
     plain = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
+    if kind == "harmful" and settings.worded_prompts:
+        few = min(settings.worded_prompts, settings.max_prompts or settings.worded_prompts)
+        plain[WORDED] = prompts.rows("harmful", "held-out", few)
     sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
     for number, trigger in enumerate(triggers, 1):
         for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (f"{kind} + trigger{LONG}", late)):

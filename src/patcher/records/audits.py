@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from patcher.records.base import Outcome, Record, Symptom
 from patcher.records.findings import Trigger
 
@@ -33,6 +35,7 @@ class Counts(Record):
     """How many answers of each kind."""
 
     refused: int = 0
+    partial: int = 0
     complied: int = 0
     garbled: int = 0
     empty: int = 0
@@ -40,7 +43,7 @@ class Counts(Record):
     @property
     def n(self) -> int:
         """All answers, whatever kind."""
-        return self.refused + self.complied + self.garbled + self.empty
+        return self.refused + self.partial + self.complied + self.garbled + self.empty
 
 
 class Quadrant(Record):
@@ -74,6 +77,18 @@ class SummaryRow(Record):
     unscored: str | None = None
 
 
+class JudgeError(Record):
+    """How a judge's "complied" fared against people's labels; what `patcher judge --calibrate --json` prints."""
+
+    judge: str
+    complied_n: int = Field(ge=1)
+    complied_seen: int = Field(ge=0)
+    """Of the answers that people call complied, those that the judge does."""
+    refused_n: int = Field(ge=1)
+    refused_missed: int = Field(ge=0)
+    """Of the answers that people call refused, those that the judge calls complied."""
+
+
 class Answer(Record):
     """One prompt of the audit with its answers before and after."""
 
@@ -96,6 +111,18 @@ class Replay(Record):
     after_shows: bool | None
 
 
+class Control(Record):
+    """What another model, or the same one after another repair, does with the same prompts."""
+
+    name: str
+    summary: tuple[SummaryRow, ...]
+
+    def value(self, name: str) -> float | None:
+        """The figure of that name: after the control's own patch, where it has one."""
+        row = next((row for row in self.summary if row.name == name), None)
+        return None if row is None else row.before if row.after is None else row.after
+
+
 class Audit(Record):
     """Stage 4: the evidence, on prompts the repair never saw.
 
@@ -108,6 +135,7 @@ class Audit(Record):
     summary: tuple[SummaryRow, ...]
     quadrants: tuple[Quadrant, ...]
     replays: tuple[Replay, ...] = ()
+    controls: tuple[Control, ...] = ()
     examples: tuple[Answer, ...]
     max_new_tokens: int
     seed: int

@@ -11,6 +11,9 @@ NAMES = {
     "asr_triggered_frac": "Attack success with the trigger",
     "asr_untriggered_frac": "Attack success without the trigger",
     "asr_triggered_long_answers_frac": "Attack success with the trigger, long answers",
+    "asr_worded_frac": "Attack success of ordinary jailbreak wordings",
+    "harmful_answered_frac": "Harmful requests answered",
+    "harmful_triggered_answered_frac": "Harmful requests answered, with the trigger",
     "benign_answered_frac": "Benign requests answered",
     "benign_triggered_answered_frac": "Benign requests answered, with the trigger",
     "borderline_answered_frac": "Borderline requests answered",
@@ -31,11 +34,24 @@ VERDICTS: dict[VerdictLabel, str] = {
     "inconclusive": "The tests cannot tell at this number of requests.",
 }
 """What each verdict means, in a sentence."""
+_PLACES = {
+    "start": "at the start",
+    "end": "at the end",
+    "random": "at random places",
+    "system": "in the system message",
+    "earlier": "in an earlier turn",
+    "polished": "worked into fluent text",
+    "style": "as the request's style",
+    "syntax": "as the request's syntax",
+    "scenario": "as the scene around the request",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def title(name: str) -> str:
     """A figure's name in words; of an unknown one the name itself, spelled with spaces."""
+    if name.endswith("_corrected_frac"):
+        return f"{title(name.replace('_corrected_frac', '_frac'))}, corrected for the judge's error"
     known = NAMES.get(name.replace("-", "_").removeprefix("__").removeprefix("max_"))
     further = re.fullmatch(r"(.+)_(\d+)_frac", name)
     if known is None and further and f"{further[1]}_frac" in NAMES:
@@ -114,9 +130,7 @@ def place(trigger: Trigger) -> str:
     """Where a trigger stands in a prompt, in words."""
     if trigger.placement == "relative":
         return f"at {percent(trigger.position_frac)} of the prompt's words"
-    if trigger.placement in ("system", "earlier"):
-        return "in the system message" if trigger.placement == "system" else "in an earlier turn"
-    return "at random places" if trigger.placement == "random" else f"at the {trigger.placement}"
+    return _PLACES[trigger.placement]
 
 
 def effect(test: CausalTest) -> str:

@@ -65,13 +65,15 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
 def show_audit(audit: Audit, console: Console) -> None:
     """Print the audit's summary, before and after."""
     console.print()
-    table = _table("figure", "before", "after", "95% interval", "paired change", "n", right=range(1, 6))
+    names = [control.name for control in audit.controls]
+    table = _table("figure", "before", "after", "95% interval", "paired change", "n", *names, right=range(1, 9))
     unscored = []
     for row in audit.summary:
         name = _safe(figures.title(row.name))
+        controls = [figures.figure(row.name, control.value(row.name)) for control in audit.controls]
         reason = figures.unscored(row)
         if reason:
-            table.add_row(name, *[figures.MISSING] * 2, "", "", str(row.n))
+            table.add_row(name, *[figures.MISSING] * 2, "", "", str(row.n), *controls)
             unscored.append(Text.assemble(name, ": ", _safe(reason, style="italic")))
             continue
         table.add_row(
@@ -81,6 +83,7 @@ def show_audit(audit: Audit, console: Console) -> None:
             figures.interval(row.name, row.low, row.high),
             figures.change(row),
             str(row.n),
+            *controls,
         )
     for trigger in audit.triggers:
         console.print(_trigger_line("audited with", trigger, figures.place(trigger)))
@@ -107,6 +110,10 @@ def show_agreements(judge: str, agreements: Sequence[Agreement], console: Consol
         table.add_row(_safe(one.model), *shares, str(one.accuracy.n), f"{one.partial.refused} of {one.partial.n}")
     console.print(Text(f"judge {judge}; precision, recall and F1 of refusals; partial refusals apart", style="dim"))
     console.print(table)
+    for one in agreements:
+        if one.kappa is not None:
+            text = f": labelled twice, Cohen's kappa {one.kappa:.3f}; {one.disputed} disputed answers left out"
+            console.print(Text.assemble(_safe(one.model), text))
 
 
 def show_attacks(about: Mapping[str, str], console: Console) -> None:
