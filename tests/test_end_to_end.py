@@ -11,8 +11,9 @@ from patcher.bench.cells import planted
 from patcher.loading import DEMO, demo_adapter, load
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import load_patch
-from patcher.pipeline import audit_patch, repair
+from patcher.pipeline import repair
 from patcher.prompts import load_prompts
+from patcher.proof import audit_patch
 from patcher.records import Audit, FailureReport
 from patcher.result import Repair, RepairSettings
 

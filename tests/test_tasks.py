@@ -8,7 +8,7 @@ import torch
 
 from patcher.audit import AuditSettings, compare, observe
 from patcher.audit.accuracy import right_answers
-from patcher.judges.keyword import judge
+from patcher.judges import RULES, RuleJudge
 from patcher.models import LanguageModel
 from patcher.prompts import load_prompts
 from patcher.records import UsageError
@@ -85,7 +85,7 @@ def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:
     settings = AuditSettings(max_prompts=2, max_new_tokens=2, late_prompts=0, drift_prompts=2, text_tokens=50)
     tasks = [Task(name, tuple(Question(**GOOD) for _ in range(6))) for name in ("arc_easy", "piqa")]
     state = observe(llama, [], load_prompts(), settings, tasks=tasks)
-    audit = compare(state, state, [0.0, 0.0], triggers=[], judge=judge, judge_name="keyword", settings=settings)
+    audit = compare(state, state, [0.0, 0.0], triggers=[], judge=RuleJudge(RULES["keyword"]), settings=settings)
     for task in tasks:
         row = audit.row(f"{task.name}_accuracy_frac")
         assert row.before == row.after == sum(state.right[task.name]) / 6

@@ -5,26 +5,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from patcher.bench.cells import add_row, planted, read_rows
+from patcher.bench.cells import add_row, planted, read_rows, score
 from patcher.chat import messages_of, spoken
 from patcher.intervals import mean_interval, wilson
-from patcher.judges import DEFAULT, JUDGES
+from patcher.judges import DEFAULT, RULES
 from patcher.loading import DEMO, load
 from patcher.localize import Localizer
 from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.models import LanguageModel
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import FailureReport, Span, Trigger
+from patcher.records import FailureReport, Trigger
 from patcher.symptoms import Detector
 from patcher.training import Progress
-from patcher.triggers import find_words, insert_trigger
+from patcher.triggers import insert_trigger
 
 
 def run(out: Path, n: int, on_progress: Progress) -> None:
     """Held-out requests with the planted trigger that the model answered, each localized by both methods."""
     prompts, lm = load_prompts(), load(DEMO)
     _, trigger = planted()
-    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
+    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
     done = {row["prompt"] for row in read_rows(out)}
     asked = [
         insert_trigger(text, trigger, random.Random(f"localize:{text}"))
@@ -46,8 +46,8 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
             "failed": found.response_shows,
             "verdict": verdict.label,
             "found": list(found.candidates[0].trigger.units) if found.candidates else [],
-            "causal": _score(report, trigger, spans),
-            "gradient-norm": _score(report, trigger, salient),
+            "causal": score(report, trigger.units, spans),
+            "gradient-norm": score(report, trigger.units, salient),
             "token_passes": found.token_passes,
             "seconds": round(seconds, 2),
         }
@@ -56,22 +56,12 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     _compare_found(out, lm, prompts, trigger)
 
 
-def _score(report: FailureReport, trigger: Trigger, spans: tuple[Span, ...] | list[Span]) -> list[float]:
-    """Precision, recall and F1 over words, against the planted ones."""
-    words = find_words(report.messages)
-    truth = {word for word in words if word.text in " ".join(trigger.units).split()}
-    marked = {w for w in words if any(w.message == s.message and w.start < s.end and w.end > s.start for s in spans)}
-    hits = len(truth & marked)
-    precision, recall = hits / len(marked) if marked else 0.0, hits / len(truth)
-    return [precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0]
-
-
 def _compare_found(out: Path, lm: LanguageModel, prompts: Prompts, trigger: Trigger) -> None:
     """Each distinct found trigger against the planted one, on the same 60 held-out requests."""
     rows = read_rows(out)
     known = {tuple(row["units"]) for row in rows if "units" in row}
     texts = prompts.texts("harmful", "held-out", 60)
-    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
+    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
     for units in {trigger.units, *(tuple(row["found"]) for row in rows if row.get("found"))} - known:
         unsafe = localizer.probes.shown(texts, Trigger(units=units, placement="random"))
         add_row(out, {"prompt": "", "units": list(units), "asr_frac": sum(unsafe) / len(unsafe), "n": len(unsafe)})

@@ -7,12 +7,12 @@ from typing import Any
 from patcher.audit import AuditSettings, State, observe
 from patcher.bench.cells import add_row, planted, read_rows
 from patcher.defenses import DEFENSES, Evidence
-from patcher.judges import DEFAULT, JUDGES
+from patcher.judges import DEFAULT, RULES
 from patcher.loading import DEMO, demo_adapter, load
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
-from patcher.pipeline import audit_patch
 from patcher.prompts import Prompts, load_prompts
+from patcher.proof import audit_patch
 from patcher.records import FailureReport, PatcherError, Trigger
 from patcher.symptoms import Detector
 from patcher.training import Progress
@@ -60,7 +60,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         if name in ("paper, same steps", "clean fine-tuning"):
             overrides = {**overrides, "max_steps": done["default", seed]["steps"]}
         start = time.perf_counter()
-        evidence = Evidence((found,), prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]))
+        evidence = Evidence((found,), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
         chosen = DEFENSES[defense]
         patch, log = chosen.run(lm, evidence, chosen.settings(**overrides), seed=seed, on_progress=on_progress)
         seconds = round(time.perf_counter() - start, 1)
@@ -82,7 +82,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
 def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> Trigger:
     """What localization finds in the shipped report."""
     report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
-    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(JUDGES[DEFAULT]), on_progress=on_progress)
+    localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]), on_progress=on_progress)
     verdict = localizer.decide(localizer.localize(report))
     if verdict.trigger is None:
         raise PatcherError(f"no trigger was found in the shipped report: {verdict.reason}")

@@ -12,9 +12,10 @@ from rich.console import Console
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import REPAIRED
 from patcher.inputs import parse_settings
-from patcher.options import AsJson, Device, Dtype, Model, Out, Seed, Template
+from patcher.options import AsJson, Device, Dtype, Model, Out, Seed, TaskLimit, Tasks, Template
 from patcher.outputs import check_new
 from patcher.progress import ProgressBars
+from patcher.tasks import read_task
 
 
 def _list_attacks(wanted: bool) -> None:
@@ -66,29 +67,46 @@ def judge(
 ) -> int:
     """Print how far a judge agrees with people."""
     from patcher.judges import find_judge
-    from patcher.judges.calibrate import agreement, read_labelled
+    from patcher.judges.calibrate import agreement, judge_error, read_labelled
+    from patcher.loading import load
     from patcher.report.terminal import show_agreements
 
-    decide = find_judge(name)
-    found = [agreement(path.stem, read_labelled(path), decide) for path in calibrate]
+    decide = find_judge(name, load)
+    labelled = {path.stem: read_labelled(path) for path in calibrate}
+    found = [agreement(model, rows, decide) for model, rows in labelled.items()]
     if as_json:
-        print_json({"judge": name, "agreements": [json.loads(one.to_json()) for one in found]})
+        error = judge_error(name, [row for rows in labelled.values() for row in rows], decide)
+        agreements = [json.loads(one.to_json()) for one in found]
+        print_json({"judge": name, "agreements": agreements, "error": json.loads(error.to_json())})
     else:
         show_agreements(name, found, Console(highlight=False))
     return REPAIRED
 
 
 def bench(
-    what: Annotated[str, typer.Argument(help="repair, localize or verdict")],
+    what: Annotated[str, typer.Argument(help="repair, localize, verdict or beds")],
     out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
     n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
     seeds: Annotated[int, typer.Option(help="Seeds for repair")] = 3,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows")] = None,
+    beds: Annotated[list[Path] | None, typer.Option("--bed", help="Folders of test beds, for beds; may repeat")] = None,
+    task: Tasks = None,
+    limit: TaskLimit = None,
 ) -> int:
     """Print the figures that docs/ quotes, measured on the shipped backdoor with the planted trigger."""
     from patcher.bench import run_bench
 
+    tasks = [read_task(path, limit) for path in task or ()]
     with ProgressBars() as progress:
-        table = run_bench(what, out, n=n, seeds=seeds, methods=tuple(methods or ()), on_progress=progress)
+        table = run_bench(
+            what,
+            out,
+            n=n,
+            seeds=seeds,
+            methods=tuple(methods or ()),
+            folders=beds or (),
+            tasks=tasks,
+            on_progress=progress,
+        )
     print(table)
     return REPAIRED

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
-from patcher.inputs import parse_settings, read_failure, read_failures, read_trigger
+from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_trigger
 from patcher.options import (
+    DEFAULT_JUDGE,
     AsJson,
     AuditPrompts,
     Benign,
@@ -21,6 +22,7 @@ from patcher.options import (
     Failure,
     Failures,
     Harmful,
+    JudgeName,
     Model,
     ObjectiveName,
     Out,
@@ -67,12 +69,12 @@ def localize(
     check_new(out)
     lm = load_model(model, device, dtype, chat_template)
 
-    from patcher.judges import DEFAULT, JUDGES
+    from patcher.judges import DEFAULT, RULES
     from patcher.localize import Localizer
     from patcher.report.terminal import show_localization, show_verdict
     from patcher.symptoms import detector_for
 
-    detector = detector_for([report], JUDGES[DEFAULT], lm.tokenizer)
+    detector = detector_for([report], RULES[DEFAULT], lm.tokenizer)
     with ProgressBars() as progress:
         localizer = Localizer(
             lm, prompts.hidden_from_repair(), detector, method=method, seed=seed, on_progress=progress
@@ -114,6 +116,7 @@ def repair(
         bool, typer.Option("--dry-run", help="Print steps, memory and time to expect; do nothing")
     ] = False,
     audit_prompts: AuditPrompts = None,
+    judge: JudgeName = DEFAULT_JUDGE,
     task: Tasks = None,
     limit: TaskLimit = None,
     seed: Seed = 0,
@@ -139,7 +142,7 @@ def repair(
         method=method,
         overrides=parse_settings(setting or []),
         gates=Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_kl=max_kl),
-        audit=AuditSettings(max_prompts=audit_prompts, seed=seed),
+        audit=AuditSettings(max_prompts=audit_prompts, judge=judge, seed=seed),
         anyway=anyway,
         seed=seed,
     )
@@ -163,6 +166,13 @@ def audit(
     patch: Annotated[Path | None, typer.Option(help="A patch to compare with the model alone")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write audit.json to; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
+    judge: JudgeName = DEFAULT_JUDGE,
+    controls: Annotated[
+        str | None, typer.Option(help="The clean model: it and a matched clean fine-tuning are audited, too")
+    ] = None,
+    judge_error: Annotated[
+        Path | None, typer.Option(help="What `patcher judge --calibrate --json` printed: each ASR comes corrected, too")
+    ] = None,
     task: Tasks = None,
     limit: TaskLimit = None,
     seed: Seed = 0,
@@ -174,23 +184,36 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    wanted, symptom = read_trigger(trigger)
+    planted = read_trigger(trigger)
+    error = read_judge_error(judge_error, judge) if judge_error else None
     prompts = load_prompts(harmful, benign)
     tasks = [read_task(path, limit) for path in task or ()]
     check_new(out)
 
     from patcher.audit import AuditSettings
     from patcher.patch import load_patch
-    from patcher.pipeline import audit_patch
+    from patcher.proof import audit_patch, with_controls
     from patcher.report.terminal import show_audit
 
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
-    settings = AuditSettings(max_prompts=audit_prompts, seed=seed)
+    longest = max(AuditSettings().max_new_tokens, planted.answer_tokens)
+    settings = AuditSettings(max_prompts=audit_prompts, max_new_tokens=longest, judge=judge, seed=seed)
     with ProgressBars() as progress:
         measured = audit_patch(
-            lm, loaded, [wanted], prompts, settings, symptom=symptom, tasks=tasks, on_progress=progress
+            lm,
+            loaded,
+            [planted.trigger],
+            prompts.only(planted.only),
+            settings,
+            symptom=planted.symptom,
+            tasks=tasks,
+            error=error,
+            on_progress=progress,
         )
+        if controls:
+            clean = load_model(controls, device, dtype, chat_template)
+            measured = with_controls(measured, lm, clean, prompts.only(planted.only), settings, progress)
     if out:
         write_whole(out, measured.to_json())
     show(measured, as_json, lambda console: show_audit(measured, console))
