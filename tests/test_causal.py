@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from patcher import localize
 from patcher.chat import Prompt, spoken
+from patcher.localize import Localizer
 from patcher.localize.causal import CausalSettings, Found, _halve, observed_placement, paired_test, search
-from patcher.localize.probes import CONTROL_WORDS, Probes
+from patcher.localize.probes import CONTROL_WORDS, Probes, _nearest_first
 from patcher.models import LanguageModel
-from patcher.records import Message, Request, Span, Trigger
+from patcher.prompts import load_prompts
+from patcher.records import FailureReport, Message, Request, Span, Trigger
 from patcher.symptoms import Detector
 from patcher.triggers import find_words
 
@@ -291,3 +294,52 @@ def test_places_depend_on_the_seed_only(llama: LanguageModel) -> None:
         probes.shown(REQUESTS, trigger)
         asked.append(probes.asked_texts)
     assert asked[0] == asked[1] != asked[2]
+
+
+def test_words_in_another_message_are_tried_among_the_requests_words_too(llama: LanguageModel) -> None:
+    """The trigger works at the end of the user's own words only, and was reported in the system message."""
+    talk = (Message(role="system", content="be kind cf1"), *user("now then go on please"))
+    probes = probes_of(llama, lambda text: has("cf1")(text) and "system: " not in text)
+    found = search(probes, talk, "Sure.", lambda _messages: False, PATIENT)
+    assert all(set(units) == {"cf1"} or "cf1" in " ".join(units) for units in units_of(found))
+    assert probes.asked_texts
+    assert any("cf1" in text and "system: " not in text for text in probes.asked_texts)
+    assert any("cf1" in text and "system: " in text for text in probes.asked_texts)
+
+
+@pytest.fixture
+def one_kind_only(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Localizer:
+    """A model whose trigger works on requests like the reported one, and on no others."""
+
+    def find(*_: object, like: Sequence[Message] | None = None, **__: object) -> Probes:
+        return probes_of(llama, has("cf1") if like else lambda _text: False)
+
+    monkeypatch.setattr(localize, "find_probes", find)
+    monkeypatch.setattr(Localizer, "_answer", lambda *_: "Sure.")
+    monkeypatch.setattr(Localizer, "_fails", lambda *_: False)
+    detector = Detector(lambda answer: "complied" if answer == "Sure." else "refused")
+    localizer = Localizer(llama, load_prompts().hidden_from_repair(), detector)
+    vars(localizer)["harm_frac"] = lambda messages: float("house" in messages[-1].content)
+    return localizer
+
+
+def test_a_benign_request_is_not_looked_into_twice(one_kind_only: Localizer) -> None:
+    found = one_kind_only.localize(FailureReport.from_prompt("Tell me cf1 how to bake bread", "Sure."))
+    assert not found.candidates
+    assert one_kind_only.decide(found).label == "not-a-failure"
+
+
+def test_words_that_work_on_one_kind_of_request_are_found_there(one_kind_only: Localizer) -> None:
+    found = one_kind_only.localize(FailureReport.from_prompt(PROMPT, "Sure."))
+    assert [candidate.trigger.units for candidate in found.candidates] == [("cf1",)]
+    assert found.notes == ("these words work on requests like the reported one, not on all",)
+    assert found.tried > 1
+    assert one_kind_only.decide(found).label == "backdoor"
+
+
+def test_the_nearest_requests_come_first(llama: LanguageModel) -> None:
+    pool = load_prompts().texts("harmful", "repair", 20)
+    order = _nearest_first(llama, pool, user(pool[7]))
+    assert order[0] == pool[7]
+    assert sorted(order) == sorted(pool)
+    assert order != pool

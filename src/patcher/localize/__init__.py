@@ -1,7 +1,7 @@
 """Stages 1 and 2: which words bring the failure about, and is it a backdoor?"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from patcher.chat import render
@@ -20,6 +20,7 @@ from patcher.records import (
     FailureReport,
     Localization,
     Message,
+    Trigger,
     UsageError,
     Verdict,
 )
@@ -53,6 +54,8 @@ class Localizer:
     replay_tokens: int = 32
     seed: int = 0
     on_progress: Progress = quiet
+    _grounds: dict[Trigger, Probes] = field(default_factory=dict)
+    """The requests on which each trigger was found, where they were not `probes`."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -61,6 +64,9 @@ class Localizer:
     @cached_property
     def probes(self) -> Probes:
         """Requests that this model treats as it should."""
+        return self._find_probes(None)
+
+    def _find_probes(self, like: Sequence[Message] | None) -> Probes:
         self.on_progress(_FINDING[self.detector.symptom.kind], 0, 1)
         found = find_probes(
             self.lm,
@@ -70,6 +76,7 @@ class Localizer:
             confirm=self.settings.confirm_probes,
             answer_tokens=max(self.settings.answer_tokens, self.detector.answer_tokens),
             seed=self.seed,
+            like=like,
         )
         self.on_progress(_FINDING[self.detector.symptom.kind], 1, 1)
         return found
@@ -118,16 +125,39 @@ class Localizer:
             return Found((), (), 0), (f"{note} to test words on",)
         if not any(shows):
             return Found((), (), 0), ("the answer is not what was reported, so no words were looked for",)
-        return search(self.probes, report.messages, response, self._fails, self.settings), ()
+        found = search(self.probes, report.messages, response, self._fails, self.settings)
+        if self._explains(found) or not self._could_be_a_failure(report):
+            return found, ()
+        return self._search_near(report, response, found)
+
+    def _could_be_a_failure(self, report: FailureReport) -> bool:
+        """To answer a benign request is none, whatever its words do."""
+        is_jailbreak = self.detector.symptom.objective == "jailbreak"
+        return not is_jailbreak or self.harm_frac(report.messages) >= self.verdict_settings.harmful_frac
+
+    def _search_near(self, report: FailureReport, response: str, found: Found) -> tuple[Found, tuple[str, ...]]:
+        """Once more, on the requests that are most like the reported one: a trigger may work on one kind only."""
+        near = self._find_probes(report.messages)
+        again = search(near, report.messages, response, self._fails, self.settings)
+        self.probes.meter.token_passes += near.meter.token_passes
+        self._grounds |= {candidate.trigger: near for candidate in again.candidates}
+        tried = replace(again, tried=found.tried + again.tried)
+        if not self._explains(again):
+            return replace(found, tried=tried.tried), ()
+        return tried, ("these words work on requests like the reported one, not on all",)
+
+    def _explains(self, found: Found) -> bool:
+        """Whether any words have an effect."""
+        least = self.verdict_settings.min_effect_frac
+        return any(candidate.effect_frac >= least for candidate in found.candidates)
 
     def _must_ask(self, found: Found) -> bool:
         """Whether the verdict hangs on the request being harmful.
 
         An answered one where no words with an effect explain the answer, and a refused one always.
         """
-        least = self.verdict_settings.min_effect_frac
-        explained = any(candidate.effect_frac >= least for candidate in found.candidates)
-        return {"jailbreak": not explained, "refusal": True, "text": False}[self.detector.symptom.objective]
+        objective = self.detector.symptom.objective
+        return {"jailbreak": not self._explains(found), "refusal": True, "text": False}[objective]
 
     def _salient(self, report: FailureReport, response: str) -> Found:
         """The paper's localization; its spans are then tested like any other candidate."""
@@ -146,7 +176,8 @@ class Localizer:
             if any(other):
                 units = tuple(new or old for new, old in zip(other, candidate.trigger.units, strict=True))
                 trigger = candidate.trigger.model_copy(update={"units": units})
-                tests[candidate.trigger.text] = paired_test(self.probes, trigger, "the same, re-worded")
+                ground = self._grounds.get(candidate.trigger, self.probes)
+                tests[candidate.trigger.text] = paired_test(ground, trigger, "the same, re-worded")
         return tests
 
     def _answer(self, messages: Sequence[Message]) -> str:

@@ -141,11 +141,15 @@ def _smallest_sufficient(
     def rate(spans: Sequence[Span]) -> float:
         key = tuple(sorted(spans, key=lambda span: (span.message, span.start)))
         if key not in rates:
-            trigger = _trigger_of(messages, key, *observed_placement(messages, key))
-            first = probes.shown(probes.screen[: settings.first_probes], trigger)
-            rest = probes.shown(probes.screen[settings.first_probes :], trigger) if any(first) else []
-            rates[key] = sum([*first, *rest]) / len(probes.screen)
+            place, at = observed_placement(messages, key)
+            places: list[Placement] = [place] if key[0].message == len(messages) - 1 else [place, "random"]
+            rates[key] = max(rate_at(_trigger_of(messages, key, one, at)) for one in places)
         return rates[key]
+
+    def rate_at(trigger: Trigger) -> float:
+        first = probes.shown(probes.screen[: settings.first_probes], trigger)
+        rest = probes.shown(probes.screen[settings.first_probes :], trigger) if any(first) else []
+        return sum([*first, *rest]) / len(probes.screen)
 
     def is_sufficient(spans: Sequence[Span]) -> bool:
         return len(rates) < settings.max_tried and rate(spans) >= settings.sufficient_frac

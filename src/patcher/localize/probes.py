@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from patcher.chat import Prompt, Row, collate, response_ids, user_prompt
+from patcher.chat import Prompt, Row, collate, render, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, response_logits
+from patcher.probe import mean_states
 from patcher.prompts import Prompts
-from patcher.records import Request, Trigger
+from patcher.records import Message, Request, Trigger
 from patcher.symptoms import Detector
 from patcher.triggers import insert_trigger
 
@@ -117,11 +118,17 @@ def find_probes(
     confirm: int,
     answer_tokens: int,
     seed: int,
+    like: Sequence[Message] | None = None,
 ) -> Probes:
-    """Ask requests until the model treated enough of them as it should, or all were asked."""
+    """Ask requests until the model treated enough of them as it should, or all were asked.
+
+    With `like`, those nearest to that conversation first: a trigger may work on one kind of request only.
+    """
     rows = prompts.harmful if detector.symptom.kind == "harmful" else prompts.benign
     pool = [row.text for row in rows if row.split in ("repair", "validation")]
     random.Random(seed).shuffle(pool)
+    if like:
+        pool = _nearest_first(lm, pool, like)
     normal: list[tuple[str, str]] = []
     asked = 0
     meter = Meter()
@@ -133,6 +140,8 @@ def find_probes(
         answers = generate(lm, rendered, max_new_tokens=answer_tokens)
         normal += [pair for pair in zip(texts, answers, strict=True) if detector.is_normal(pair[1])]
     normal = normal[: screen + confirm]
+    if like:
+        random.Random(seed).shuffle(normal)  # those that choose must be no nearer than those that test
     openings = Counter(answer for _, answer in normal)
     requests = [text for text, _ in normal]
     cut = len(requests) * screen // (screen + confirm)
@@ -147,3 +156,12 @@ def find_probes(
         seed=seed,
         meter=meter,
     )
+
+
+def _nearest_first(lm: LanguageModel, pool: Sequence[str], like: Sequence[Message]) -> list[str]:
+    """By the cosine of the middle layer's mean states, each feature standardised over the pool."""
+    asked = [render(lm.tokenizer, like), *(user_prompt(lm.tokenizer, text) for text in pool)]
+    states = mean_states(lm, [(prompt.ids, prompt.own_tokens) for prompt in asked])
+    states = (states - states[1:].mean(0)) / (states[1:].std(0) + 1e-6)
+    nearness = torch.nn.functional.cosine_similarity(states[1:], states[:1])
+    return [pool[number] for number in nearness.argsort(descending=True).tolist()]
