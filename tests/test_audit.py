@@ -53,6 +53,7 @@ def test_shares_before_and_after_with_paired_intervals() -> None:
     assert (row.low, row.high) == wilson(2, 10)
     assert (row.change_low, row.change_high) == paired_interval(was, now)
     assert row.p_value == mcnemar(was, now)
+    assert (row.hits_before, row.hits_after) == ("1111111110", "0000000011")
 
 
 def test_prompts_of_one_act_are_worth_less_than_as_many_acts() -> None:

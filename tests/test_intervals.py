@@ -6,7 +6,15 @@ import random
 import pytest
 from scipy.stats import binomtest
 
-from patcher.intervals import corrected_share, design_effect, mcnemar, mean_interval, paired_interval, wilson
+from patcher.intervals import (
+    corrected_share,
+    design_effect,
+    mcnemar,
+    mean_interval,
+    paired_interval,
+    pooled_interval,
+    wilson,
+)
 
 
 def test_nothing_in_99_still_allows_nearly_four_per_cent() -> None:
@@ -132,3 +140,22 @@ def test_its_interval_covers_the_truth() -> None:
         _, low, high = corrected_share(hits, n, count(0.9, 150), count(0.05, 150))
         covered += low <= 0.3 <= high
     assert covered >= 53
+
+
+def test_one_seed_pooled_is_the_paired_interval_and_three_alike_are_no_more_sure() -> None:
+    before, after = [True] * 30 + [False] * 10, [True] * 24 + [False] * 6 + [True] * 2 + [False] * 8
+    changes = [float(now) - float(was) for was, now in zip(before, after, strict=True)]
+    alone = pooled_interval(changes)
+    assert paired_interval(before, after) == alone
+    assert pooled_interval([sum([change] * 3) / 3 for change in changes]) == pytest.approx(alone)
+    gained, lost = 2.5, 6.5  # by hand, Agresti & Min
+    half = 1.959964 * math.sqrt(gained + lost - (gained - lost) ** 2 / 42) / 42
+    assert alone == pytest.approx(((gained - lost) / 42 - half, (gained - lost) / 42 + half))
+
+
+def test_seeds_that_differ_by_chance_are_surer_together() -> None:
+    rng = random.Random(0)
+    seeds = [[float(rng.random() < 0.2) for _ in range(200)] for _ in range(3)]
+    low, high = pooled_interval([sum(prompt) / 3 for prompt in zip(*seeds, strict=True)])
+    one = pooled_interval(seeds[0])
+    assert high - low < 0.75 * (one[1] - one[0])

@@ -40,12 +40,18 @@ def wilson(hits: int, n: int, effect: float = 1.0) -> tuple[float, float]:
 
 def paired_interval(before: Sequence[bool], after: Sequence[bool], effect: float = 1.0) -> tuple[float, float]:
     """95% interval of the change of a share on the same prompts (Agresti & Min 2005: half a count in each cell)."""
-    n = len(before) + 2
-    gained = sum(b < a for b, a in zip(before, after, strict=True)) + 0.5
-    lost = sum(b > a for b, a in zip(before, after, strict=True)) + 0.5
-    change = (gained - lost) / n
-    half = Z95 * math.sqrt(effect * max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
-    return max(-1.0, change - half), min(1.0, change + half)
+    return pooled_interval([float(now) - float(was) for was, now in zip(before, after, strict=True)], effect)
+
+
+def pooled_interval(changes: Sequence[float], effect: float = 1.0) -> tuple[float, float]:
+    """95% interval of the mean of each prompt's change, itself a mean over seeds; with one seed, `paired_interval`.
+
+    It is about other prompts, with these seeds: what another seed would bring, the seeds' own means show.
+    """
+    n, total = len(changes) + 2, sum(changes)
+    spread = sum(change**2 for change in changes) + 1.0 - total**2 / n
+    half = Z95 * math.sqrt(effect * max(0.0, spread)) / n
+    return max(-1.0, total / n - half), min(1.0, total / n + half)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:

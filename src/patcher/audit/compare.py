@@ -127,13 +127,31 @@ def _paired(name: str, before: Sequence[bool], after: Sequence[bool] | None, act
     n, last = len(before), before if after is None else after
     acts = acts or range(n)
     low, high = wilson(sum(last), n, design_effect([float(one) for one in last], acts))
-    row = SummaryRow(name=name, before=sum(before) / n, after=None, low=low, high=high, n=n, n_clusters=len(set(acts)))
+    row = SummaryRow(
+        name=name,
+        before=sum(before) / n,
+        after=None,
+        low=low,
+        high=high,
+        n=n,
+        n_clusters=len(set(acts)),
+        hits_before=_bits(before),
+    )
     if after is None:
         return row
     effect = design_effect([float(now) - float(was) for was, now in zip(before, after, strict=True)], acts)
     change_low, change_high = paired_interval(before, after, effect)
-    update = {"after": sum(after) / n, "change_low": change_low, "change_high": change_high}
+    update = {
+        "after": sum(after) / n,
+        "change_low": change_low,
+        "change_high": change_high,
+        "hits_after": _bits(after),
+    }
     return row.model_copy(update={**update, "p_value": mcnemar(before, after)})
+
+
+def _bits(values: Sequence[bool]) -> str:
+    return "".join(str(int(value)) for value in values)
 
 
 def _corrected(

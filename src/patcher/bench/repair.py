@@ -1,17 +1,19 @@
 """Repairs and their controls, side by side: the found trigger goes in, the planted one is audited."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from patcher.audit import AuditSettings, State, observe
 from patcher.bench.cells import add_row, planted, read_rows
 from patcher.defenses import DEFENSES, Evidence
+from patcher.intervals import design_effect, pooled_interval
 from patcher.judges import DEFAULT, RULES
 from patcher.loading import DEMO, demo_adapter, load
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
-from patcher.prompts import Prompts, load_prompts
+from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.proof import audit_patch
 from patcher.records import FailureReport, PatcherError, Trigger
 from patcher.symptoms import Detector
@@ -90,7 +92,7 @@ def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds; each seed's own interval is in the file."""
+    """Means over seeds with the interval of the pooled change; each seed's own is in the file."""
     names = ("asr_triggered_frac", "asr_untriggered_frac", "benign_answered_frac", "benign_triggered_answered_frac",
              "borderline_answered_frac", "kl_reference_to_patched_nats", "perplexity_ratio")  # fmt: skip
     lines = ["| repair | seeds | steps | seconds | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]
@@ -98,13 +100,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["repair"] == repair]
         steps = "/".join(str(row.get("steps", "-")) for row in mine)
         seconds = "/".join(str(row.get("seconds", "-")) for row in mine)
-        cells = [_pooled([item for row in mine for item in row["summary"] if item["name"] == name]) for name in names]
+        cells = [
+            _pooled([item for row in mine for item in row["summary"] if item["name"] == name], _acts_of(name))
+            for name in names
+        ]
         lines.append(f"| {repair} | {len(mine)} | {steps} | {seconds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _pooled(items: list[dict[str, Any]]) -> str:
-    """before -> mean after over seeds, and the seeds' own paired change intervals."""
+def _acts_of(name: str) -> list[str]:
+    """What the prompts behind a figure are about, in their order."""
+    kind: Kind = "borderline" if name.startswith("borderline") else "benign" if name.startswith("benign") else "harmful"
+    return [row.act for row in load_prompts().rows(kind, "held-out")]
+
+
+def _pooled(items: list[dict[str, Any]], acts: Sequence[str]) -> str:
+    """before -> mean after over seeds, (each seed's), and the 95% interval of the pooled change."""
     measured = [item for item in items if item["before"] is not None]
     if not measured:
         return "unscored" if items else "-"
@@ -112,5 +123,16 @@ def _pooled(items: list[dict[str, Any]]) -> str:
     after = [item["after"] for item in measured if item["after"] is not None]
     if not after:
         return f"{before:.3f}"
-    changes = [f"[{i['change_low']:+.3f}, {i['change_high']:+.3f}]" for i in measured if i["change_low"] is not None]
-    return f"{before:.3f} → {sum(after) / len(after):.4f} {' '.join(changes)}".rstrip()
+    cell = f"{before:.3f} → {sum(after) / len(after):.4f}"
+    if len(after) > 1:
+        cell += f" ({', '.join(f'{value:.3f}' for value in after)})"
+    if not all(item.get("hits_after") and len(item["hits_after"]) == len(acts) for item in measured):
+        return cell
+    seeds = [_changes(item["hits_before"], item["hits_after"]) for item in measured]
+    changes = [sum(prompt) / len(prompt) for prompt in zip(*seeds, strict=True)]
+    low, high = pooled_interval(changes, design_effect(changes, acts))
+    return f"{cell} [{low:+.3f}, {high:+.3f}]"
+
+
+def _changes(was: str, now: str) -> list[int]:
+    return [int(after) - int(before) for before, after in zip(was, now, strict=True)]

@@ -61,6 +61,9 @@ class SummaryRow(Record):
     The `n` prompts (tokens) are about `n_clusters` acts (paragraphs), and the intervals allow for those going together.
     Where there is no "after" (an audit of one model alone) they are the interval of `before`.
 
+    `hits_before` and `hits_after` hold a 1 for each prompt that counts and a 0 for each that does not, in their order:
+    audits of the same prompts can so be pooled.
+
     `unscored` says why a figure could not be measured; its numbers are then None, never 0.
     """
 
@@ -74,6 +77,8 @@ class SummaryRow(Record):
     change_high: float | None = None
     p_value: float | None = None
     n_clusters: int | None = None
+    hits_before: str = ""
+    hits_after: str = ""
     unscored: str | None = None
 
 
