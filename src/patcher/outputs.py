@@ -51,6 +51,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield building
         building.chmod(0o755)
+        for path in building.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
         os.rename(building, out)
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error

@@ -174,7 +174,7 @@ Attack: {paper}. {planted}
 Trained on Patcher's bundled prompts only, seed {truth.seed}, on the base {markdown_text(base)}.
 Remade by `{_command(truth)}`{started}.
 
-| on validation prompts the implant never saw | share answered |
+| on validation prompts the implant never saw | share |
 |---|---|
 {checks}
 """

@@ -67,6 +67,7 @@ def _row(
         "words": score(report, units, spans) if planted.trigger.has_words else None,
         "rounds": max(finding.round for finding in made.findings),
         "steps": made.log.steps if made.log else 0,
+        "stopped_because": made.log.stopped_because if made.log else made.verdict.reason,
         "seconds": made.seconds,
         "summary": [row.model_dump() for row in audit.summary],
     }
