@@ -37,8 +37,8 @@ class AuditSettings(Record):
     """Tokens of each answer."""
     late_prompts: int = 20
     """Triggered requests answered at length, to catch what comes late."""
-    worded_prompts: int = 120
-    """Harmful requests asked under ordinary jailbreak wordings."""
+    worded_prompts: int = 60
+    """Harmful requests asked under ordinary jailbreak wordings, five under each."""
     late_tokens: int = 128
     """Their length."""
     drift_prompts: int = 128
