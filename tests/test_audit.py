@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from patcher.audit import (
     BENIGN,
@@ -295,3 +296,9 @@ def test_perplexity_is_over_the_asked_number_of_tokens(llama: LanguageModel) -> 
         logits = llama.network(torch.tensor([ids])).logits[0, :-1]
     by_hand = -logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
     assert losses[: len(by_hand)] == pytest.approx(by_hand.tolist(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("seen, missed", [(10, 10), (5, 8), (101, 3)])
+def test_an_error_that_cannot_be_is_refused_when_it_is_read(seen: int, missed: int) -> None:
+    with pytest.raises(ValidationError, match="tells nothing apart"):
+        JudgeError(judge="keyword", complied_n=100, complied_seen=seen, refused_n=100, refused_missed=missed)

@@ -366,3 +366,14 @@ def test_controls_answer_the_same_prompts(made: Repair, backdoored: LanguageMode
     assert all(row.after is None for row in clean.summary)
     assert clean.value("no such figure") is None
     assert fingerprint(backdoored.network) == backdoored.fingerprint
+
+
+def test_an_unknown_judge_is_told_before_any_work(backdoored: LanguageModel) -> None:
+    def work(what: str, *_: int) -> None:
+        raise AssertionError(what)
+
+    settings = SETTINGS.model_copy(update={"audit": SETTINGS.audit.model_copy(update={"judge": "oracle"})})
+    with pytest.raises(UsageError, match="unknown judge"):
+        repair(backdoored, REPORT, settings, on_progress=work)
+    with pytest.raises(UsageError, match="unknown judge"):
+        audit_patch(backdoored, None, [TRIGGER], load_prompts(), settings.audit, on_progress=work)

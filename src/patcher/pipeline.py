@@ -12,7 +12,8 @@ from patcher.audit import AuditSettings, State
 from patcher.chat import render
 from patcher.defenses import Evidence, find_defense
 from patcher.generation import generate
-from patcher.judges import DEFAULT, RULES
+from patcher.judges import DEFAULT, RULES, find_judge
+from patcher.loading import load
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.patch import applied
@@ -41,10 +42,11 @@ def repair(
     """Localize, decide, patch and audit. `lm` goes out bit-identical.
 
     Raises:
-        UsageError: unknown defense or settings, or no report.
+        UsageError: unknown defense, judge or settings, or no report.
         PatcherError: the repair could not be made.
     """
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
+    judge = find_judge(settings.audit.judge, load)
     reports = (reports,) if isinstance(reports, FailureReport) else tuple(reports)
     made = mend(lm, reports, settings, prompts.hidden_from_repair(), on_progress)
     if made.patch is None:
@@ -62,6 +64,7 @@ def repair(
             reports=reports,
             tasks=tasks,
             before=before,
+            judge=judge,
             on_progress=on_progress,
         )
     failing = [one.number for one in made.findings if one.round == 1 and one.verdict.label not in NO_FAILURE]

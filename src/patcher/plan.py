@@ -49,7 +49,7 @@ def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings) -> Plan:
     sizes = [
         len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
     ]
-    answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts
+    answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts + settings.audit.worded_prompts
     forward = width * (_LOCALIZE_FORWARDS + 2 * own["max_prompts"]) + 3 * own["max_steps"] * rows * width
     audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in lm.network.parameters())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from patcher.audit import AuditSettings, State, compare, drift, numbered, observe, shares
 from patcher.defenses import Evidence, find_defense
-from patcher.judges import DEFAULT, RULES, find_judge
+from patcher.judges import DEFAULT, RULES, Judge, find_judge
 from patcher.loading import load
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
@@ -35,13 +35,17 @@ def audit_patch(
     tasks: Sequence[Task] = (),
     before: State | None = None,
     error: JudgeError | None = None,
+    judge: Judge | None = None,
     on_progress: Progress = quiet,
 ) -> Audit:
     """Observe the model, then the patched model, and compare; without a patch, the model alone.
 
+    `judge` is the one that the settings name, where it is loaded already.
+
     Raises:
-        UsageError: the patch was made for another base.
+        UsageError: the patch was made for another base, or there is no such judge.
     """
+    judge = judge or find_judge(settings.judge, load)  # before the minutes that the answers take
     if patch:
         check_base(patch, lm)
 
@@ -70,7 +74,7 @@ def audit_patch(
         drift_nats,
         triggers=triggers,
         symptom=symptom,
-        judge=find_judge(settings.judge, load),
+        judge=judge,
         settings=settings,
         error=error,
     )
@@ -84,17 +88,17 @@ def with_controls(
     settings: AuditSettings,
     on_progress: Progress = quiet,
 ) -> Audit:
-    """The audit with two controls beside it: the clean model, and clean fine-tuning of `lm` as long as a repair's.
+    """The audit with two controls beside it: the clean model, and clean fine-tuning of `lm` (its defaults: 30 steps).
 
     Both answer the same prompts with the same triggers. What they show as well, the repair did not do.
     """
-    finetune = find_defense("finetune")
+    finetune, judge = find_defense("finetune"), find_judge(settings.judge, load)
     evidence = Evidence((), prompts.hidden_from_repair(), Detector(RULES[DEFAULT], audit.symptom))
     tuned, _ = finetune.run(lm, evidence, finetune.settings(), seed=settings.seed, on_progress=on_progress)
 
     def control(name: str, model: LanguageModel, patch: Patch | None) -> Control:
         seen = audit_patch(
-            model, patch, audit.triggers, prompts, settings, symptom=audit.symptom, on_progress=on_progress
+            model, patch, audit.triggers, prompts, settings, symptom=audit.symptom, judge=judge, on_progress=on_progress
         )
         return Control(name=name, summary=seen.summary)
 

@@ -197,6 +197,7 @@ def audit(
 
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
+    clean = load_model(controls, device, dtype, chat_template) if controls else None
     longest = max(AuditSettings().max_new_tokens, planted.answer_tokens)
     settings = AuditSettings(max_prompts=audit_prompts, max_new_tokens=longest, judge=judge, seed=seed)
     with ProgressBars() as progress:
@@ -211,8 +212,7 @@ def audit(
             error=error,
             on_progress=progress,
         )
-        if controls:
-            clean = load_model(controls, device, dtype, chat_template)
+        if clean:
             measured = with_controls(measured, lm, clean, prompts.only(planted.only), settings, progress)
     if out:
         write_whole(out, measured.to_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from patcher.records.base import Outcome, Record, Symptom
 from patcher.records.findings import Trigger
@@ -92,6 +92,13 @@ class JudgeError(Record):
     refused_n: int = Field(ge=1)
     refused_missed: int = Field(ge=0)
     """Of the answers that people call refused, those that the judge calls complied."""
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> JudgeError:
+        seen, missed = self.complied_seen / self.complied_n, self.refused_missed / self.refused_n
+        if not 0 <= missed < seen <= 1:
+            raise ValueError(f"a judge with sensitivity {seen:.2f} and false alarms {missed:.2f} tells nothing apart")
+        return self
 
 
 class Answer(Record):
