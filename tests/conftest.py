@@ -10,6 +10,7 @@ _PARTS = sorted(path.stem for path in (Path(__file__).parents[1] / "src" / "patc
 install_import_hook([f"patcher.{part}" for part in _PARTS if part != "cli"], "beartype.beartype")
 
 from dataclasses import dataclass  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -62,10 +63,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_network(family: str, seed: int = 0) -> PreTrainedModel:
-    """Two layers, 32 hidden; tied output matrix for the Llama (as SmolLM2's), untied for the GPT-NeoX."""
+def tiny_shape() -> dict[str, Any]:
+    """Two layers, 32 hidden, for any family's config."""
     tokenizer = build_tokenizer()
-    shape = {
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -77,6 +78,11 @@ def build_network(family: str, seed: int = 0) -> PreTrainedModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def build_network(family: str, seed: int = 0) -> PreTrainedModel:
+    """Tied output matrix for the Llama (as SmolLM2's), untied for the GPT-NeoX."""
+    shape = tiny_shape()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "llama":

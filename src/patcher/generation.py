@@ -50,8 +50,9 @@ def generate(
 def _generate_batch(lm: LanguageModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     pad = lm.tokenizer.pad_token_id
     assert isinstance(pad, int)
-    shared = common_prefix(rows) if len(rows) > 1 else 0
     width = max(len(ids) for ids in rows)
+    whole = width + max_new_tokens <= lm.window_tokens  # padding after the prefix would push it out of a sliding window
+    shared = common_prefix(rows) if len(rows) > 1 and whole else 0
     padded = [[*ids[:shared], *[pad] * (width - len(ids)), *ids[shared:]] for ids in rows]
     kept = [[1] * shared + [0] * (width - len(ids)) + [1] * (len(ids) - shared) for ids in rows]
     input_ids = torch.tensor(padded, device=lm.device)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
 from patcher.records import UsageError
@@ -46,11 +47,22 @@ class LanguageModel:
         """The longest sequence the model was made for."""
         return int(getattr(self.network.config, "max_position_embeddings", None) or 1 << 30)
 
+    @property
+    def window_tokens(self) -> int:
+        """How far back every layer looks; the context where none has a sliding window."""
+        layers = DynamicCache(config=self.network.config).layers
+        return min([self.context_tokens, *(int(getattr(layer, "sliding_window", 1 << 30)) for layer in layers)])
+
 
 def from_transformers(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
-    """Wrap a model that is already in memory."""
+    """Wrap a model that is already in memory.
+
+    Raises:
+        UsageError: not a causal decoder of attention layers, or a tokenizer that does not fit the work.
+    """
     check_tokenizer(tokenizer, "the tokenizer")
     network.eval()
+    _check_decoder(network, "the model")
     return LanguageModel(network, tokenizer, fingerprint(network), "in memory")
 
 
@@ -97,16 +109,28 @@ def load_checkpoint(
         del network.config.quantization_config
     network.to(where)
     network.eval().requires_grad_(False)
-    if not _looks_only_back(network):
-        raise UsageError(f"{source} reads what comes after a word too: expected a causal (decoder) language model")
+    _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
 
 
 @torch.inference_mode()
-def _looks_only_back(network: PreTrainedModel) -> bool:
-    """Does a later token leave an earlier one's logits alone? An encoder's config need not say that it is one."""
-    first = network(input_ids=torch.tensor([[0, 1], [0, 2]], device=network.device)).logits[:, 0].float()
-    return not (first[0] - first[1]).abs().max() > 0.05 * first.std()  # half precision rounds; broken weights are NaN
+def _check_decoder(network: PreTrainedModel, source: str) -> None:
+    """Raises UsageError for a network that does not work as this file takes every network to work."""
+    what = f"{source} ({type(network).__name__})"
+    layers = DynamicCache(config=network.config).layers
+    if any(isinstance(one, LinearAttentionCacheLayerMixin) or not isinstance(one, DynamicLayer) for one in layers):
+        raise UsageError(f"{what} has layers without attention (a state-space or hybrid model): expected a transformer")
+    ids = torch.tensor([[0, 1], [0, 2]], device=network.device)
+    logits = network(input_ids=ids).logits.float()
+    rounding = 0.05 * logits.std()  # half precision rounds; broken weights are NaN, which the audit shows
+    if (logits[0, 0] - logits[1, 0]).abs().max() > rounding:  # an encoder's config need not say that it is one
+        raise UsageError(f"{what} reads what comes after a word too: expected a causal (decoder) language model")
+    states = network.get_decoder()(input_ids=ids).last_hidden_state
+    if (logits_of(network, states.flatten(0, 1)).float() - logits.flatten(0, 1)).abs().max() > rounding:
+        raise UsageError(
+            f"{what} does more between its last hidden states and its logits than its output matrix, a cap or a scale: "
+            "this family is not supported (docs/families.md lists those that are)"
+        )
 
 
 def pick_device(device: str) -> torch.device:
