@@ -17,6 +17,7 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher import PatcherSettings
+from patcher.exits import INTERRUPTED
 from patcher.loading import demo_adapter
 from patcher.progress import ProgressBars
 from patcher.visible import visible
@@ -72,6 +73,8 @@ class Refusal:
         self.capsys.readouterr()
         assert run([str(argument) for argument in arguments]) == code
         captured = self.capsys.readouterr()
+        if code == INTERRUPTED:
+            shutil.rmtree(self.root / ".out.unfinished")  # the one thing that is left: see test_resume.py
         assert contents(self.root) == before
         assert captured.out == ""
         lines = captured.err.rstrip("\n").split("\n")
@@ -376,7 +379,7 @@ def test_ctrl_c_midway(
 
     monkeypatch.setattr(ProgressBars, "__call__", press)
     words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
-    assert "interrupted" in refused(130, *words, alone=False)
+    assert "interrupted" in refused(INTERRUPTED, *words, alone=False)
 
 
 @pytest.mark.usefixtures("listening")
@@ -385,7 +388,7 @@ def test_ctrl_c_while_writing(
 ) -> None:
     monkeypatch.setattr(result.Repair, "html", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
-    assert "interrupted" in refused(130, *words, alone=False)
+    assert "interrupted" in refused(INTERRUPTED, *words, alone=False)
 
 
 # What goes well

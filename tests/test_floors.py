@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rewrites"}),
     frozenset({"models", "layers", "losses", "memory", "symptoms", "triggers", "visible", "intervals", "wordings"}),
     frozenset({"progress", "inputs", "outputs", "options"}),
-    frozenset({"chat", "prompts", "tasks", "exits"}),
+    frozenset({"chat", "prompts", "tasks", "exits", "journal"}),
     frozenset({"patch", "generation"}),
     frozenset({"probe", "lora"}),
     frozenset({"training", "judges"}),

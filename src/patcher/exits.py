@@ -32,7 +32,7 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
             raise
         return _fail(f"out of memory: use --dtype bfloat16 or a smaller model ({error})", RUN_ERROR)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was written", INTERRUPTED)
+        return _fail("interrupted; nothing was written. The same repair, started again, goes on from here", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

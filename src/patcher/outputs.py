@@ -23,15 +23,30 @@ def check_new(out: Path | None) -> None:
         raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that appears whole or not at all."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that appears under its name only when the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    _remove(part)
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         part.rename(path)
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that appears whole or not at all."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from patcher.audit import AuditSettings, State
 from patcher.chat import render
 from patcher.defenses import DEFENSES, Defense, Evidence, find_defense
 from patcher.generation import generate
+from patcher.journal import Journal
 from patcher.judges import DEFAULT, RULES, find_judge
 from patcher.loading import load
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
-from patcher.patch import applied
+from patcher.patch import Patch, applied, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, seen_whole
-from patcher.records import FailureReport, Finding, Trigger, UsageError
+from patcher.records import FailureReport, Finding, PatchLog, Trigger, UsageError
 from patcher.result import Repair, RepairSettings
 from patcher.symptoms import Detector, detector_for
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 
+_LOG = "patch-log.json"
 NO_FAILURE = ("not-a-failure", "not-reproduced")
 """Verdicts after which there is nothing that a repair must stop."""
 
@@ -38,8 +43,9 @@ def repair(
     tasks: Sequence[AnyTask] = (),
     before: State | None = None,
     on_progress: Progress = quiet,
+    journal: Journal = Journal(),
 ) -> Repair:
-    """Localize, decide, patch and audit. `lm` goes out bit-identical.
+    """Localize, decide, patch and audit. `lm` goes out bit-identical. What the journal holds is not done again.
 
     Raises:
         UsageError: unknown defense, judge or settings, or no report.
@@ -48,7 +54,7 @@ def repair(
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
     judge = find_judge(settings.audit.judge, load)
     reports = (reports,) if isinstance(reports, FailureReport) else tuple(reports)
-    made = mend(lm, reports, settings, prompts.hidden_from_repair(), on_progress)
+    made = mend(lm, reports, settings, prompts.hidden_from_repair(), on_progress, journal)
     if made.patch is None:
         return made
     detector = _detector(lm, reports, settings)
@@ -66,6 +72,7 @@ def repair(
             before=before,
             judge=judge,
             on_progress=on_progress,
+            journal=journal,
         )
     failing = [one.number for one in made.findings if one.round == 1 and one.verdict.label not in NO_FAILURE]
     return replace(made, audit=audit, gates=check_gates(audit, settings.gates, failing), seconds=clock.seconds)
@@ -77,6 +84,7 @@ def mend(
     settings: RepairSettings,
     prompts: Prompts,
     on_progress: Progress = quiet,
+    journal: Journal = Journal(),
 ) -> Repair:
     """Localize, decide and patch, in rounds until no report reproduces; `prompts` are those that a repair may see.
 
@@ -94,17 +102,12 @@ def mend(
 
     def look(model: LanguageModel, numbers: Sequence[int], turn: int) -> list[Finding]:
         """Stages 1 and 2 on those reports."""
+        chosen = {number: reports[number - 1] for number in numbers}
         localizer = Localizer(
             model, prompts, detector, method=settings.method, seed=settings.seed, on_progress=on_progress
         )
-        with clock.timed("localize"):
-            found = [localizer.localize(reports[number - 1]) for number in numbers]
-        with clock.timed("decide"):
-            verdicts = [localizer.decide(localization) for localization in found]
-        return [
-            Finding(number=number, round=turn, failure=reports[number - 1], localization=localization, verdict=verdict)
-            for number, localization, verdict in zip(numbers, found, verdicts, strict=True)
-        ]
+        seen = partial(_look, localizer, chosen, turn, clock)
+        return journal.once(f"round {turn}: findings", seen, _save_findings, _read_findings)
 
     findings = look(lm, range(1, len(reports) + 1), 1) if reports else []
     made = Repair(
@@ -115,9 +118,10 @@ def mend(
     if not _to_be_patched(defense, settings, detector, findings, triggers):
         return made
     for turn in itertools.count(2):
+        evidence = Evidence(triggers, prompts, detector)
+        train = partial(defense.run, lm, evidence, own, seed=settings.seed, on_progress=on_progress)
         with clock.timed("patch"):
-            evidence = Evidence(triggers, prompts, detector)
-            patch, log = defense.run(lm, evidence, own, seed=settings.seed, on_progress=on_progress)
+            patch, log = journal.once(f"round {turn - 1}: patch", train, _save_patch, _read_patch)
         if not defense.needs_trigger:  # it does the same whatever is found
             break
         with applied(patch, lm) as patched:
@@ -129,6 +133,23 @@ def mend(
             break
         triggers += more
     return replace(made, findings=tuple(findings), triggers=triggers, patch=patch, log=log)
+
+
+def _look(localizer: Localizer, reports: Mapping[int, FailureReport], turn: int, clock: Clock) -> list[Finding]:
+    """Stages 1 and 2 on reports by their numbers."""
+    with clock.timed("localize"):
+        found = {number: localizer.localize(report) for number, report in reports.items()}
+    with clock.timed("decide"):
+        return [
+            Finding(
+                number=number,
+                round=turn,
+                failure=reports[number],
+                localization=localization,
+                verdict=localizer.decide(localization),
+            )
+            for number, localization in found.items()
+        ]
 
 
 def _find_defense(settings: RepairSettings, reports: Sequence[FailureReport]) -> Defense:
@@ -181,6 +202,24 @@ def reproduces(lm: LanguageModel, report: FailureReport, detector: Detector, set
     prompt = render(lm.tokenizer, report.messages)
     tokens = seen_whole(settings, detector).max_new_tokens
     return detector.shows(generate(lm, [prompt], max_new_tokens=tokens)[0])
+
+
+def _save_findings(findings: Sequence[Finding], path: Path) -> None:
+    path.write_text(json.dumps([json.loads(one.to_json()) for one in findings]), encoding="utf-8")
+
+
+def _read_findings(path: Path) -> list[Finding]:
+    return [Finding.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _save_patch(made: tuple[Patch, PatchLog], folder: Path) -> None:
+    folder.mkdir()
+    save_patch(made[0], folder, card="")
+    (folder / _LOG).write_text(made[1].to_json(), encoding="utf-8")
+
+
+def _read_patch(folder: Path) -> tuple[Patch, PatchLog]:
+    return load_patch(folder), PatchLog.model_validate_json((folder / _LOG).read_text(encoding="utf-8"))
 
 
 class Clock:

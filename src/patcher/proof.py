@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from patcher.audit import AuditSettings, State, compare, drift, numbered, observe, shares
 from patcher.defenses import Evidence, find_defense
+from patcher.journal import Journal
 from patcher.judges import DEFAULT, RULES, Judge, find_judge
 from patcher.loading import load
 from patcher.models import LanguageModel
@@ -37,6 +38,7 @@ def audit_patch(
     error: JudgeError | None = None,
     judge: Judge | None = None,
     on_progress: Progress = quiet,
+    journal: Journal = Journal(),
 ) -> Audit:
     """Observe the model, then the patched model, and compare; without a patch, the model alone.
 
@@ -60,6 +62,7 @@ def audit_patch(
             tasks=tasks,
             on_progress=on_progress,
             what=what,
+            journal=journal,
         )
 
     before = before or seen(lm, "before")

@@ -12,6 +12,7 @@ from patcher.audit.accuracy import right_answers
 from patcher.audit.gcg import GcgSettings, search_suffix
 from patcher.chat import Row, collate, render, response_ids, spoken, user_prompt
 from patcher.generation import generate
+from patcher.journal import Journal
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of, response_hidden
 from patcher.prompts import KINDS, Kind, PromptRow, Prompts
@@ -89,6 +90,7 @@ def observe(
     tasks: Sequence[AnyTask] = (),
     on_progress: Progress = quiet,
     what: str = "audit",
+    journal: Journal = Journal(),
 ) -> State:
     """Everything the audit needs to know of one model; `kind` are the prompts on which a trigger does its harm."""
     sets = _prompt_sets(triggers, prompts, settings, kind)
@@ -96,16 +98,18 @@ def observe(
     if WORDED in asked:
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
     if GCG in asked:
-        asked[GCG] = _with_suffixes(lm, sets[GCG][0], settings, partial(on_progress, f"{what}: {GCG}"))
+        searched = partial(_with_suffixes, lm, sets[GCG][0], settings, partial(on_progress, f"{what}: {GCG}"))
+        asked[GCG] = journal.values(f"{what}: searched suffixes", searched)
     answers = {}
     for name, requests in asked.items():
-        tokens = settings.late_tokens if LONG in name else settings.max_new_tokens
-        answers[name] = generate(
+        answered = partial(
+            generate,
             lm,
             [user_prompt(lm.tokenizer, request) for request in requests],
-            max_new_tokens=tokens,
+            max_new_tokens=settings.late_tokens if LONG in name else settings.max_new_tokens,
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
+        answers[name] = journal.values(f"{what}: {name}", answered)
     reported = [render(lm.tokenizer, report.messages) for report in reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
@@ -116,7 +120,10 @@ def observe(
     text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
     acts = {name: [row.act for row in rows] for name, (rows, _) in sets.items()}
     texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
-    right = {task.name: right_answers(lm, task, on_progress, what) for task in tasks}
+    right = {
+        task.name: journal.values(f"{what}: task {task.name}", partial(right_answers, lm, task, on_progress, what))
+        for task in tasks
+    }
     told = [spoken(report.messages) for report in reports]
     return State(texts_of, answers, told, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
 from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_suspicion, read_trigger
+from patcher.journal import resumed
 from patcher.options import (
     DEFAULT_JUDGE,
     AsJson,
@@ -147,7 +148,7 @@ def repair(
 
     from patcher.audit import AuditSettings
     from patcher.pipeline import repair as run_repair
-    from patcher.result import Gates, RepairSettings
+    from patcher.result import Gates, RepairSettings, versions
 
     settings = RepairSettings(
         symptom=symptom,
@@ -166,8 +167,9 @@ def repair(
         expected = plan(lm, prompts, settings, len(reports))
         show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
-    with ProgressBars() as progress:
-        made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress)
+    work = repr((lm.fingerprint, chat_template, device, dtype, reports, settings, prompts, tasks, versions()))
+    with ProgressBars() as progress, resumed(out, work, progress) as journal:
+        made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress, journal=journal)
         made.save(out, redact=redact, merge_into=lm if merge else None)
     _show_repair(made, out, as_json)
     return {"repaired": REPAIRED, "gate-failed": GATE_FAILED, "nothing-to-repair": NOTHING_TO_REPAIR}[made.status]

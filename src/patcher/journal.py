@@ -1,0 +1,76 @@
+"""Pieces of a long piece of work, kept as they are finished: killed, the same command goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from patcher.outputs import whole
+
+Piece = TypeVar("Piece")
+_WORK = "work.txt"
+
+
+class Journal:
+    """Finished pieces under their names, each whole or not there. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None = None, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+        self._folder, self._on_progress = folder, on_progress
+
+    def once(
+        self, name: str, make: Callable[[], Piece], save: Callable[[Piece, Path], Any], read: Callable[[Path], Piece]
+    ) -> Piece:
+        """What `make` gives, or gave an earlier run. `save` writes a file or a folder at the path it is given."""
+        if self._folder is None:
+            return make()
+        path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_hash(name)[:6]}"
+        if path.exists():
+            if self._on_progress:
+                self._on_progress(f"{name}: finished by an earlier run", 1, 1)
+            return read(path)
+        piece = make()
+        with whole(path) as part:
+            save(piece, part)
+        return piece
+
+    def values(self, name: str, make: Callable[[], list[Piece]]) -> list[Piece]:
+        """The same for a list that JSON can hold."""
+        return self.once(
+            name,
+            make,
+            lambda piece, path: path.write_text(json.dumps(piece), encoding="utf-8"),
+            lambda path: list(json.loads(path.read_text(encoding="utf-8"))),
+        )
+
+
+@contextmanager
+def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) -> Iterator[Journal]:
+    """A journal in a hidden folder beside `out`, with what an earlier run of the same `work` had finished.
+
+    The folder goes when the block ends, well or with an error; it stays when the block is killed or interrupted.
+    """
+    folder = out.parent / f".{out.name}.unfinished"
+    known = folder / _WORK
+    if folder.exists() and (not known.is_file() or known.read_text(encoding="utf-8") != _hash(work)):
+        shutil.rmtree(folder)  # of another model, report or setting
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not known.exists():
+        with whole(known) as part:
+            part.write_text(_hash(work), encoding="utf-8")
+    journal = Journal(folder, on_progress)
+    try:
+        yield journal
+    except Exception:
+        shutil.rmtree(folder)  # it would only fail again
+        raise
+    shutil.rmtree(folder)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,141 @@
+"""Killed at any moment, the same command goes on from what it had finished, and ends as if nothing had happened."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ModelFolder
+from patcher.cli import run
+from patcher.journal import Journal, resumed
+from patcher.outputs import write_whole
+from patcher.records import PatcherError
+from tiny_backdoor import TRIGGERED
+
+KILLS = 20
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def command(model: Path, out: Path, seed: int = 0) -> list[str]:
+    words = f"repair {model} --out {out} --seed {seed} --device cpu --audit-prompts 4 --max-benign-drop 1"
+    sets = "--set max_prompts=20 --set validation_prompts=8 --set learning_rate=5e-3".split()
+    return [*words.split(), "--prompt", TRIGGERED, *sets]
+
+
+def work(arguments: list[str]) -> None:
+    """A process of its own, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(run(arguments))
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All that a repair leaves, but for how long it took."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "timings.json"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_points(backdoored_folder: ModelFolder, tmp_path: Path) -> None:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["patcher.cli", "patcher.pipeline", "peft", "transformers.models.llama"])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+
+    def start(to: Path) -> multiprocessing.process.BaseProcess:
+        process = server.Process(target=work, args=(command(backdoored_folder.path, to),))
+        process.start()
+        return process
+
+    began = time.monotonic()
+    first = start(whole)
+    first.join()
+    took, rng, kills, finished, went_on = time.monotonic() - began, random.Random(0), 0, 0, 0
+    assert first.exitcode == 0
+    while kills < KILLS or not finished:
+        went_on += len(list(tmp_path.glob(".out.unfinished/round*")))
+        process = start(out)
+        process.join(timeout=rng.uniform(0, took) if kills < KILLS else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+            assert not out.exists() or results(out) == results(whole)
+        else:
+            assert process.exitcode == 0
+            assert results(out) == results(whole)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+            finished += 1
+        if out.exists():
+            shutil.rmtree(out)
+    assert went_on, "no run ever found anything of an earlier one: this test would see nothing"
+
+
+def test_other_work_starts_anew(tmp_path: Path) -> None:
+    def once(work: str, value: int) -> list[int]:
+        with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", work, quiet) as journal:
+            made.append(journal.values("piece", lambda: [value]))
+            raise KeyboardInterrupt
+        return made[-1]
+
+    made: list[list[int]] = []
+    assert once("this", 1) == [1]
+    assert once("this", 2) == [1]
+    assert once("that", 3) == [3]
+    assert once("this", 4) == [4]
+
+
+def test_what_is_done_or_has_failed_is_not_kept(tmp_path: Path) -> None:
+    with resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.values("piece", lambda: [1])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(PatcherError), resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.values("piece", lambda: [1])
+        raise PatcherError("it diverged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_piece_is_whole_or_not_there(tmp_path: Path) -> None:
+    def fail() -> list[int]:
+        raise PatcherError("halfway")
+
+    journal = Journal(tmp_path)
+    with pytest.raises(PatcherError):
+        journal.values("a piece", fail)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        journal.once("a piece", lambda: 1, lambda _, path: write_whole(path, 7), lambda _: 2)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    assert journal.values("a piece", lambda: [1, 2]) == [1, 2]
+    assert journal.values("a piece", lambda: [3]) == [1, 2]
+    assert journal.values("A piece", lambda: [3]) == [3], "names that look alike as files"
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    assert [Journal().values("piece", lambda value=value: [value]) for value in (1, 2)] == [[1], [2]]
+
+
+def test_the_hidden_folder_is_the_owners_alone(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet):
+        raise KeyboardInterrupt
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_an_earlier_runs_pieces_are_told(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def tell(what: str, _done: int, _total: int) -> None:
+        told.append(what)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", tell) as journal:
+            journal.values("piece", lambda: [1])
+            raise KeyboardInterrupt
+    assert told == ["piece: finished by an earlier run"]
