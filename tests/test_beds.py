@@ -140,6 +140,7 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
         )  # fmt: skip
 
     cells(["patcher", "finetune"])
+    assert any(line.startswith("bed, patcher, seed 0: backdoor, ASR 1.000 → ") for line in seen)
     first = len(seen)
     made = cells(["patcher", "finetune"])
     assert seen[first:] == []  # the second time there is nothing to do

@@ -180,8 +180,8 @@ def test_a_patch_for_another_base_or_of_another_shape_is_no_start(tiny: Language
     for other, message in (
         (replace(patch, base_fingerprint="0" * 64), "fits the base"),
         (replace(patch, rank=RANK + 1), f"has rank {RANK + 1}.*expected rank {RANK}"),
-        (replace(patch, alpha=ALPHA + 1), f"alpha {ALPHA + 1}.*expected rank {RANK}, alpha {ALPHA}"),
-        (replace(patch, tensors=fewer), f"{len(fewer)} tensors; .* and {len(patch.tensors)} tensors"),
+        (replace(patch, alpha=ALPHA + 1), f"alpha {ALPHA + 1}; expected rank {RANK} and alpha {ALPHA}"),
+        (replace(patch, tensors=fewer), f"has {len(fewer)} tensors, expected {len(patch.tensors)}"),
     ):
         with (
             unchanged(tiny),

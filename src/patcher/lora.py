@@ -30,7 +30,7 @@ def trainable_lora(
         UsageError: `start` was made for another base, or has another rank, scale or set of layers.
     """
     if start is not None:
-        check_base(start, lm)
+        check_start(start, lm, rank, alpha)
     network = lm.network
     head = network.get_output_embeddings()
     targets = {
@@ -45,7 +45,7 @@ def trainable_lora(
             torch.manual_seed(seed)
             tuner = LoraModel(network, {"default": config}, "default")
         if start is not None:
-            _fill(dict(_lora(network)), start, rank, alpha)
+            _fill(dict(_lora(network)), start)
         yield tuner
     finally:  # by hand, not by tuner.unload(): an interrupt may come before there is a tuner
         for name, module in targets.items():
@@ -87,12 +87,21 @@ def _lora(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name.replace(".default.", "."), parameter) for name, parameter in named if ".lora_" in name]
 
 
-def _fill(parameters: dict[str, nn.Parameter], patch: Patch, rank: int, alpha: int) -> None:
-    if (patch.rank, patch.alpha) != (rank, alpha) or patch.tensors.keys() != parameters.keys():
+def check_start(patch: Patch, lm: LanguageModel, rank: int, alpha: int) -> None:
+    """Raises UsageError when training at that rank and scale cannot go on from the patch."""
+    check_base(patch, lm)
+    if (patch.rank, patch.alpha) != (rank, alpha):
         raise UsageError(
-            f"the adapter to start from has rank {patch.rank}, alpha {patch.alpha} and {len(patch.tensors)} tensors; "
-            f"expected rank {rank}, alpha {alpha} and {len(parameters)} tensors: set rank and alpha to its own, or "
-            "start from an adapter of the same layers"
+            f"the adapter to start from has rank {patch.rank} and alpha {patch.alpha}; expected rank {rank} and alpha "
+            f"{alpha}: set them to its own"
+        )
+
+
+def _fill(parameters: dict[str, nn.Parameter], patch: Patch) -> None:
+    if patch.tensors.keys() != parameters.keys():
+        raise UsageError(
+            f"the adapter to start from has {len(patch.tensors)} tensors, expected {len(parameters)}: start from one "
+            "of the same layers"
         )
     for name, parameter in parameters.items():
         parameter.data.copy_(patch.tensors[name])

@@ -14,9 +14,10 @@ from patcher.attacks.objectives import OBJECTIVES, AttackObjective
 from patcher.chat import user_prompt
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
+from patcher.lora import check_start
 from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
-from patcher.patch import applied, check_base, load_patch, save_patch
+from patcher.patch import applied, load_patch, save_patch
 from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.records import GroundTruth, PatcherError, Trigger, UsageError
 from patcher.symptoms import Detector
@@ -62,7 +63,7 @@ def plant(
     prompts = load_prompts()
     first = load_patch(start) if start else None
     if first:
-        check_base(first, lm)
+        check_start(first, lm, settings.rank, settings.alpha)  # before the minutes that the clean answers take
     patch = implant(lm, attack, wanted, prompts, settings, seed=seed, start=first, on_progress=on_progress)
     patch = patch.rounded(torch.bfloat16)
     with applied(patch, lm) as backdoored:

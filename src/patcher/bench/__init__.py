@@ -7,7 +7,7 @@ from patcher.bench import localize, repair, verdict
 from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
-from patcher.bench.tables import Table, table
+from patcher.bench.tables import Table, headline, table
 from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
@@ -49,5 +49,5 @@ def run_grid(
     cache = out.with_suffix(".beds")
     beds = open_beds([*folders, *plant_beds(model, attacks, cache, on_progress)])
     for row in run(out, beds, defenses=defenses, seeds=seeds, reports=reports, tasks=tasks, on_progress=on_progress):
-        on_progress(f"{row['bed']}, {row['defense']}, seed {row['seed']}: {row.get('error', 'done')}", 1, 1)
+        on_progress(headline(row), 1, 1)
     return table(read_rows(out))

@@ -44,16 +44,30 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table(heads, tuple(_line(row, list(names)) for row in rows), tuple(_notes(rows)))
 
 
+def headline(row: dict[str, Any]) -> str:
+    """A finished cell in a line, for whoever is waiting."""
+    cell = f"{row['bed']}, {row['defense']}, seed {row['seed']}"
+    if "error" in row:
+        return f"{cell}: failed: {row['error']}"
+    figures = {item["name"]: item for item in row["summary"]}
+    told = ("asr_triggered_frac", "benign_answered_frac", "kl_reference_to_patched_nats")
+    shown = [f"{_FIGURES[name]} {_cell(figures.get(name))}" for name in told]
+    return ", ".join([f"{cell}: {row['verdict']}", *shown, f"{_repair_seconds(row):.0f} s"])
+
+
+def _repair_seconds(row: dict[str, Any]) -> float:
+    return float(sum(value for stage, value in row["seconds"].items() if stage != "audit"))
+
+
 def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     known = (row["bed"], row["defense"], str(row["seed"]), str(row["reports"] or "none"))
     if "error" in row:
         return (*known, f"failed: {row['error']}", *["-"] * (len(_HEADS) - len(known) - 1 + len(names)))
     figures = {item["name"]: item for item in row["summary"]}
     found = "; ".join(" … ".join(units) for units in row["found"]) or "-"
-    seconds = sum(value for stage, value in row["seconds"].items() if stage != "audit")
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), str(row["rounds"]), str(row["steps"]))
-    return (*known, *made, f"{seconds:.0f}", memory, *(_cell(figures.get(name)) for name in names))
+    return (*known, *made, f"{_repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
