@@ -12,8 +12,8 @@ import patcher
 
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"records"}),
-    frozenset({"checkpoints"}),
+    frozenset({"records", "world"}),
+    frozenset({"checkpoints", "sharding"}),
     frozenset({"rewrites"}),
     frozenset({"models", "layers", "losses", "memory", "symptoms", "triggers", "visible", "intervals", "wordings"}),
     frozenset({"progress", "inputs", "outputs", "options"}),

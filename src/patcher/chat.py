@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patcher.models import Batch
 from patcher.records import Message, Request, UsageError
+from patcher.world import processes
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,16 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device, *, lift: bool = True) -> Batch:
     """Pad rows on the right and lift out the prefix that all prompts share; without `lift`, leave it in each row.
 
+    Sharded weights leave it there too: FSDP gathers a layer's for the gradient of its output, and the last layer's work
+    on a prefix reaches the loss by its keys and values alone.
+
     Raises:
         ValueError: a row with an empty prompt, or no row at all.
     """
     if not rows or not all(row.prompt_ids for row in rows):
         raise ValueError("collate needs at least one row, each with a prompt")
-    shared = common_prefix([row.prompt_ids for row in rows]) if lift and len(rows) > 1 else 0
+    lift = lift and len(rows) > 1 and processes() == 1
+    shared = common_prefix([row.prompt_ids for row in rows]) if lift else 0
     full = [row.prompt_ids[shared:] + row.response_ids for row in rows]
     width = max(len(ids) for ids in full)
     where = [

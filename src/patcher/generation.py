@@ -46,7 +46,7 @@ def generate(
     return answers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _generate_batch(lm: LanguageModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     pad = lm.tokenizer.pad_token_id
     assert isinstance(pad, int)

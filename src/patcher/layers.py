@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patcher.records import UsageError
+from patcher.world import processes
 
 
 def all_hidden_states(
@@ -78,8 +79,14 @@ def mlps(network: PreTrainedModel) -> list[Mlp]:
     """The MLP of every decoder layer.
 
     Raises:
-        UsageError: a layer without one plain MLP of linear layers (a mixture of experts, GPT-2's transposed ones).
+        UsageError: a layer without one plain MLP of linear layers (a mixture of experts, GPT-2's transposed ones), or
+            weights that are spread over several processes.
     """
+    if processes() > 1:
+        raise UsageError(
+            "this method changes channels of the weights, which are spread over several processes here: run it in one, "
+            "or use another --defense"
+        )
     names = {module: name for name, module in network.named_modules()}
     return [_mlp(layer, names) for layer in decoder_layers(network)]
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
 from patcher.records import UsageError
+from patcher.sharding import shards, whole
+from patcher.world import processes
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def load_checkpoint(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         check_config(config.to_dict(), source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, output_loading_info=True, **loading
+            folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -107,13 +110,14 @@ def load_checkpoint(
     check_tokenizer(tokenizer, source)
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
-    network.to(where)
+    if processes() == 1:
+        network.to(where)
     network.eval().requires_grad_(False)
     _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check_decoder(network: PreTrainedModel, source: str) -> None:
     """Raises UsageError for a network that does not work as this file takes every network to work."""
     what = f"{source} ({type(network).__name__})"
@@ -167,7 +171,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values, in the names' order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
+        tensor = whole(tensors[name].detach()).cpu()
         tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         digest.update(f"{name}:{list(tensor.shape)};".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -220,7 +224,11 @@ def response_hidden(network: PreTrainedModel, batch: Batch) -> Float[Tensor, "N 
 
 def logits_of(network: PreTrainedModel, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
     """Final hidden states through the output matrix, with the family's own capping or scaling."""
-    logits = cast(Tensor, network.get_output_embeddings()(hidden))
+    head: Any = network.get_output_embeddings()
+    if isinstance(head.weight, DTensor):  # sharded, and called without the module that gathers it
+        logits = torch.nn.functional.linear(hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
+    else:
+        logits = cast(Tensor, head(hidden))
     cap = getattr(network.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap

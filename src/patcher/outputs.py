@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from patcher.records import PatcherError, UsageError
+from patcher.world import is_first
 
 
 def check_new(out: Path | None) -> None:
@@ -25,7 +26,14 @@ def check_new(out: Path | None) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that appears under its name only when the block has ended well."""
+    """Where to write a file or a folder that appears under its name only when the block has ended well.
+
+    Of several processes the first one writes.
+    """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     _remove(part)
@@ -51,11 +59,15 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well.
+    """A folder that appears under its name only when the block has ended well; of several processes the first writes.
 
     Raises:
         UsageError: the name is taken, or its parent cannot be written.
     """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     if out.exists():
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
     try:

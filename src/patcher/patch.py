@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from patcher.checkpoints import check_safetensors
 from patcher.models import LanguageModel, hash_tensors
 from patcher.records import UsageError
+from patcher.sharding import put, whole
 
 WEIGHTS, CONFIG, PATCH = "adapter_model.safetensors", "adapter_config.json", "patch.json"
 CHANGED = "changed.safetensors"
@@ -73,12 +74,12 @@ def applied(patch: Patch, lm: LanguageModel) -> Iterator[LanguageModel]:
     Raises:
         UsageError: the patch was made for another base.
     """
-    originals: list[tuple[nn.Parameter, Tensor]] = []
+    undo: list[Callable[[], None]] = []
     try:
-        yield _apply(patch, lm, originals)
+        yield _apply(patch, lm, undo)
     finally:
-        for weight, data in reversed(originals):
-            weight.data = data
+        for restore in reversed(undo):
+            restore()
 
 
 def merge(patch: Patch, lm: LanguageModel, source: str) -> LanguageModel:
@@ -86,20 +87,17 @@ def merge(patch: Patch, lm: LanguageModel, source: str) -> LanguageModel:
     return replace(_apply(patch, lm, []), source=source)
 
 
-def _apply(patch: Patch, lm: LanguageModel, originals: list[tuple[nn.Parameter, Tensor]]) -> LanguageModel:
-    """Change the weights, noting each one's own tensor first."""
+def _apply(patch: Patch, lm: LanguageModel, undo: list[Callable[[], None]]) -> LanguageModel:
+    """Change the weights, noting how each is changed back."""
     check_base(patch, lm)
     for name, values in patch.changed.items():
-        whole = lm.network.get_parameter(name)
-        originals.append((whole, whole.data))
-        whole.data = values.to(whole.device, whole.dtype)
+        put(lm.network.get_parameter(name), values, undo)
     for name, change in patch.changes():
         module = lm.network.get_submodule(name)
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        originals.append((weight, weight.data))
         change = change.T if isinstance(module, Conv1D) else change
-        weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
+        put(weight, whole(weight.data).float() + change.to(weight.device), undo)
     return replace(lm, fingerprint=patch.fingerprint, source=f"{lm.source} + patch")
 
 

@@ -75,7 +75,7 @@ def _measure(lm: LanguageModel, texts: list[str]) -> tuple[float, int]:
     """Forward tokens a second, and a usual sequence's length."""
     rows = [Row(user_prompt(lm.tokenizer, text).ids, (0,) * 24) for text in texts]
     batch = collate(rows, 0, lm.device)
-    with torch.inference_mode():
+    with torch.no_grad():
         response_hidden(lm.network, batch)
         start = time.perf_counter()
         response_hidden(lm.network, batch)

@@ -32,7 +32,7 @@ def fit_probe(features: Float[Tensor, "N D"], labels: Sequence[bool]) -> Callabl
     return probability
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_states(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "N D"]:
     """The middle layer's hidden states of each row (token ids, positions), averaged over its positions."""
     layers = next(module for module in lm.network.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))

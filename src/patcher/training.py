@@ -10,6 +10,7 @@ from torch import Tensor
 from patcher.lora import lora_parameters
 from patcher.models import LanguageModel
 from patcher.records import PatcherError
+from patcher.sharding import agree
 
 Item = TypeVar("Item")
 
@@ -65,6 +66,7 @@ def fit(
             raise PatcherError(f"{what} diverged at step {step}: the loss is {loss.item()}; lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        agree(lora_parameters(lm))
         torch.nn.utils.clip_grad_norm_(lora_parameters(lm), 1.0)
         optimizer.step()
         schedule.step()

@@ -150,7 +150,7 @@ def _clean_behaviour(
     return _kept(lm, chosen, answers, chats), _kept(lm, chosen, answers, plain)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _kept(
     lm: LanguageModel, prompts: Sequence[PromptRow], answers: Sequence[str], rows: Sequence[Row], batch_rows: int = 32
 ) -> list[_Kept]:

@@ -27,7 +27,7 @@ def right_answers(lm: LanguageModel, task: AnyTask, on_progress: Progress = quie
     return right
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _scores(lm: LanguageModel, question: Question) -> list[float]:
     """One batch a question: its words pass through the model once, for all choices."""
     given = tuple(lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"])

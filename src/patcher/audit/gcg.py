@@ -15,6 +15,7 @@ from patcher.chat import Prompt, Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, response_logits, token_embeddings
 from patcher.records import Record
+from patcher.sharding import whole
 
 _START = " !"
 
@@ -82,7 +83,7 @@ def _gradient(lm: LanguageModel, spot: _Spot, target: tuple[int, ...]) -> Float[
 
 def _table(lm: LanguageModel) -> Float[Tensor, "V D"]:
     """The embeddings of all tokens."""
-    return cast(Tensor, lm.network.get_input_embeddings().weight).detach()
+    return whole(cast(Tensor, lm.network.get_input_embeddings().weight).detach())
 
 
 def _candidates(
@@ -101,7 +102,7 @@ def _candidates(
     return list(found.values())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _losses(
     lm: LanguageModel, spots: list[_Spot], target: tuple[int, ...], batch_rows: int = 64
 ) -> list[tuple[float, bool]]:

@@ -128,7 +128,7 @@ def observe(
     return State(texts_of, answers, told, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def drift(lm_patched: LanguageModel, before: State) -> list[float]:
     """KL(reference ‖ patched) in nats per token, one mean a benign answer of the reference's."""
     means: list[float] = []
@@ -227,12 +227,12 @@ def _chunks(rows: list[Row]) -> list[list[Row]]:
     return [rows[at : at + _BATCH_ROWS] for at in range(0, len(rows), _BATCH_ROWS)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _hidden(lm: LanguageModel, rows: list[Row]) -> torch.Tensor:
     return response_hidden(lm.network, collate(rows, 0, lm.device))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _text_nll(lm: LanguageModel, tokens: int) -> tuple[list[float], list[int]]:
     """NLL in nats of every token but the first of each bundled paragraph, up to `tokens`; and its paragraph."""
     text = resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ import typer
 from patcher.cli.lab import attack, bench, judge
 from patcher.cli.repairs import audit, demo, localize, repair
 from patcher.exits import run_app
+from patcher.world import one_voice
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 for command in (localize, repair, audit, demo, attack, judge, bench):
@@ -25,7 +26,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
-    sys.exit(run(sys.argv[1:]))
+    with one_voice():
+        code = run(sys.argv[1:])
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

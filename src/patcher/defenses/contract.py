@@ -135,7 +135,7 @@ def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
     return ids[:tokens] if len(ids) > tokens else ids
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _hidden(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
     states: list[Tensor] = []
     for start in range(0, len(rows), _REFERENCE_BATCH):
@@ -158,7 +158,7 @@ def kl_of(lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, 
     return kl_reference_to_patched(reference, logits)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_kl_nats(lm: LanguageModel, examples: Sequence[Example]) -> float:
     """KL to the reference per response token, over all examples."""
     total, count = 0.0, 0

@@ -49,7 +49,7 @@ def run(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_activity(lm: LanguageModel, layers: list[Mlp], examples: list[Example]) -> list[Float[Tensor, " _"]]:
     """Of each layer's MLP channels, the mean |activation| over the examples' tokens, padding left out."""
     totals = [torch.zeros(layer.size) for layer in layers]

@@ -137,7 +137,7 @@ def run(
     return patch, log
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[int]:
     """Each example's number, and twice more those of the third that the reference comes nearest to refusing.
 

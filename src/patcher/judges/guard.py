@@ -37,7 +37,7 @@ class GuardJudge:
             return by_rule
         return "complied" if answer_is_unsafe else "refused"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _is_unsafe(self, chats: Sequence[Sequence[tuple[str, str]]]) -> list[bool]:
         """Which of the two words the guard is about to say; batches are padded on the left."""
         verdicts: list[bool] = []

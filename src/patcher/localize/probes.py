@@ -79,7 +79,7 @@ class Probes:
         self.meter.token_passes += sum(len(prompt.ids) + self.answer_tokens for prompt in prompts)
         return generate(self.lm, prompts, max_new_tokens=self.answer_tokens)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def normal_nats(self, prompts: Sequence[Prompt], response: str) -> list[float]:
         """How near the model is to treating each prompt as it should, in nats.
 
