@@ -167,7 +167,7 @@ def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_
     with pytest.raises(UsageError, match="unknown defense"):
         list(grid.run(
             tmp_path / "grid.jsonl", open_beds([bed]), defenses=["magic"], seeds=1, reports=1, tasks=(),
-            on_progress=quiet,
+            max_prompts=None, on_progress=quiet,
         ))  # fmt: skip
 
 

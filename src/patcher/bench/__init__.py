@@ -39,15 +39,28 @@ def run_grid(
     seeds: int,
     reports: int,
     tasks: Sequence[AnyTask],
+    max_prompts: int | None = None,
     on_progress: Progress,
 ) -> Table:
     """Beds, and attacks planted beside `out` where they are not yet, x defenses x seeds; then a table of all in `out`.
+
+    The audit asks `max_prompts` of each kind, or all.
 
     Raises:
         UsageError: an unknown attack or defense, or a folder that is no test bed.
     """
     cache = out.with_suffix(".beds")
     beds = open_beds([*folders, *plant_beds(model, attacks, cache, on_progress)])
-    for row in run(out, beds, defenses=defenses, seeds=seeds, reports=reports, tasks=tasks, on_progress=on_progress):
+    rows = run(
+        out,
+        beds,
+        defenses=defenses,
+        seeds=seeds,
+        reports=reports,
+        tasks=tasks,
+        max_prompts=max_prompts,
+        on_progress=on_progress,
+    )
+    for row in rows:
         on_progress(headline(row), 1, 1)
     return table(read_rows(out))

@@ -33,6 +33,7 @@ def run(
     seeds: int,
     reports: int,
     tasks: Sequence[AnyTask],
+    max_prompts: int | None,
     on_progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Each cell that `out` does not hold yet, as it is finished; one that fails says why.
@@ -44,7 +45,7 @@ def run(
     for name in defenses:
         find_defense(name)
     for bed in beds:
-        grid = _Grid(bed, tasks, on_progress)
+        grid = _Grid(bed, tasks, max_prompts, on_progress)
         for seed in range(seeds):
             for name in defenses:
                 cell = grid.cell(name, seed, reports)
@@ -57,8 +58,8 @@ def run(
 class _Grid:
     """One bed's cells: its model is loaded, and observed before any repair, once."""
 
-    def __init__(self, bed: Bed, tasks: Sequence[AnyTask], on_progress: Progress):
-        self.bed, self.tasks, self.on_progress = bed, tasks, on_progress
+    def __init__(self, bed: Bed, tasks: Sequence[AnyTask], max_prompts: int | None, on_progress: Progress):
+        self.bed, self.tasks, self.max_prompts, self.on_progress = bed, tasks, max_prompts, on_progress
         self.prompts = load_prompts()
         self.before: dict[int, State] = {}
 
@@ -70,7 +71,7 @@ class _Grid:
     def settings(self, seed: int) -> AuditSettings:
         """Answers long enough for the symptom to be seen."""
         tokens = max(AuditSettings().max_new_tokens, self.bed.planted.answer_tokens)
-        return AuditSettings(max_new_tokens=tokens, seed=seed)
+        return AuditSettings(max_prompts=self.max_prompts, max_new_tokens=tokens, seed=seed)
 
     def cell(self, name: str, seed: int, reports: int) -> dict[str, Any]:
         """What a cell is, and its key."""

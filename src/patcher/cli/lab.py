@@ -12,7 +12,7 @@ from rich.console import Console
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import GATE_FAILED, REPAIRED
 from patcher.inputs import parse_settings
-from patcher.options import AsJson, Device, Dtype, Model, Out, Seed, TaskLimit, Tasks, Template
+from patcher.options import AsJson, AuditPrompts, Device, Dtype, Model, Out, Seed, TaskLimit, Tasks, Template
 from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
 from patcher.tasks import find_task
@@ -113,6 +113,7 @@ def bench(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many (default: 1 for the grid, 3 for repair)")] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too; must not exist")] = None,
+    audit_prompts: AuditPrompts = None,
     task: Tasks = None,
     limit: TaskLimit = None,
 ) -> int:
@@ -139,6 +140,7 @@ def bench(
             seeds=seeds or 1,
             reports=reports,
             tasks=tasks,
+            max_prompts=audit_prompts,
             on_progress=progress,
         )
     print(table.as_markdown())
