@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from conftest import ModelFolder
 from patcher.audit import AuditSettings
@@ -142,8 +143,10 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     cells(["patcher", "finetune"])
     assert any(line.startswith("bed, patcher, seed 0: backdoor, ASR 1.000 → ") for line in seen)
     first = len(seen)
-    made = cells(["patcher", "finetune"])
-    assert seen[first:] == []  # the second time there is nothing to do
+    made = cells(["patcher", "finetune", "finetune:max_steps=30"])
+    assert seen[first:] == []  # the second time there is nothing to do: 30 steps are the default
+    with pytest.raises(ValidationError):
+        cells(["finetune:max_steps=0"])
     rows = {row["defense"]: row for row in read_rows(tmp_path / "grid.jsonl")}
     assert (rows["patcher"]["verdict"], rows["patcher"]["reported"]) == ("backdoor", [True, False])
     assert (rows["finetune"]["verdict"], rows["finetune"]["reported"]) == ("no report", [False, False])
@@ -167,7 +170,7 @@ def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_
     with pytest.raises(UsageError, match="unknown defense"):
         list(grid.run(
             tmp_path / "grid.jsonl", open_beds([bed]), defenses=["magic"], seeds=1, reports=1, tasks=(),
-            max_prompts=None, on_progress=quiet,
+            max_prompts=None, split="held-out", on_progress=quiet,
         ))  # fmt: skip
 
 

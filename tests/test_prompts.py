@@ -147,6 +147,16 @@ def test_a_repair_sees_neither_held_out_nor_implant_prompts() -> None:
         assert {row.split for row in rows} == {"repair", "validation"}
 
 
+def test_settings_are_chosen_on_validation_prompts() -> None:
+    prompts = load_prompts()
+    assert prompts.auditing("held-out") is prompts
+    chosen = prompts.auditing("validation")
+    assert chosen.texts("harmful", "held-out") == prompts.texts("harmful", "validation")
+    assert chosen.hidden_from_repair() == prompts.hidden_from_repair()
+    held_out = set(prompts.texts("benign", "held-out"))
+    assert not any(row.text in held_out for row in chosen.benign)
+
+
 def test_a_text_file_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "own.txt"
     file.write_text("\n".join(f"prompt number {index} 🙂" for index in range(200)) + "\n\n  \n", encoding="utf-8")

@@ -56,6 +56,15 @@ class Prompts:
             return self
         return replace(self, harmful=tuple(row for row in self.harmful if row.category in categories))
 
+    def auditing(self, split: Split) -> Prompts:
+        """The same with that split in the place of the held-out one: to choose settings on, and never to quote."""
+
+        def moved(rows: Sequence[PromptRow]) -> tuple[PromptRow, ...]:
+            asked = tuple(replace(row, split="held-out") for row in rows if row.split == split)
+            return (*(row for row in rows if row.split != "held-out"), *asked)
+
+        return self if split == "held-out" else Prompts(*map(moved, (self.harmful, self.benign, self.borderline)))
+
     def hidden_from_repair(self) -> Prompts:
         """What a defense may see: the repair and validation splits, nothing else."""
         seen = ("repair", "validation")

@@ -8,6 +8,7 @@ from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
+from patcher.prompts import Split
 from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
@@ -40,11 +41,12 @@ def run_grid(
     reports: int,
     tasks: Sequence[AnyTask],
     max_prompts: int | None = None,
+    split: Split = "held-out",
     on_progress: Progress,
 ) -> Table:
     """Beds, and attacks planted beside `out` where they are not yet, x defenses x seeds; then a table of all in `out`.
 
-    The audit asks `max_prompts` of each kind, or all.
+    The audit asks `max_prompts` of each kind, or all; those of the validation split to choose settings.
 
     Raises:
         UsageError: an unknown attack or defense, or a folder that is no test bed.
@@ -59,6 +61,7 @@ def run_grid(
         reports=reports,
         tasks=tasks,
         max_prompts=max_prompts,
+        split=split,
         on_progress=on_progress,
     )
     for row in rows:

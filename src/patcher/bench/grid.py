@@ -11,15 +11,16 @@ from patcher.audit import AuditSettings, State, observe
 from patcher.bench.beds import Bed, failing_reports
 from patcher.bench.cells import add_row, read_rows, score
 from patcher.defenses import find_defense
+from patcher.inputs import parse_settings
 from patcher.loading import load
 from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.patch import PATCH, load_patch
 from patcher.pipeline import mend
-from patcher.prompts import load_prompts
+from patcher.prompts import Split, load_prompts
 from patcher.proof import audit_patch
-from patcher.records import FailureReport, PatcherError, Span, Trigger
+from patcher.records import FailureReport, PatcherError, Record, Span, Trigger
 from patcher.result import Repair, RepairSettings
 from patcher.tasks import AnyTask
 from patcher.training import Progress
@@ -34,18 +35,19 @@ def run(
     reports: int,
     tasks: Sequence[AnyTask],
     max_prompts: int | None,
+    split: Split,
     on_progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Each cell that `out` does not hold yet, as it is finished; one that fails says why.
 
-    A cell is known by the hash of all that it depends on but the code: the bed's weights, the defense's settings, the
-    seed, what was reported, and what the audit asks.
+    A defense is NAME or NAME:SETTING=VALUE,... A cell is known by the hash of all that it depends on but the code: the
+    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks.
     """
     known = {row["key"] for row in read_rows(out)}
-    for name in defenses:
-        find_defense(name)
+    for given in defenses:
+        _settings_of(given)
     for bed in beds:
-        grid = _Grid(bed, tasks, max_prompts, on_progress)
+        grid = _Grid(bed, tasks, max_prompts, split, on_progress)
         for seed in range(seeds):
             for name in defenses:
                 cell = grid.cell(name, seed, reports)
@@ -58,9 +60,11 @@ def run(
 class _Grid:
     """One bed's cells: its model is loaded, and observed before any repair, once."""
 
-    def __init__(self, bed: Bed, tasks: Sequence[AnyTask], max_prompts: int | None, on_progress: Progress):
+    def __init__(
+        self, bed: Bed, tasks: Sequence[AnyTask], max_prompts: int | None, split: Split, on_progress: Progress
+    ):
         self.bed, self.tasks, self.max_prompts, self.on_progress = bed, tasks, max_prompts, on_progress
-        self.prompts = load_prompts()
+        self.split, self.prompts = split, load_prompts().auditing(split)
         self.before: dict[int, State] = {}
 
     @cached_property
@@ -75,15 +79,16 @@ class _Grid:
 
     def cell(self, name: str, seed: int, reports: int) -> dict[str, Any]:
         """What a cell is, and its key."""
-        defense = find_defense(name)
-        reports = reports if defense.needs_trigger else 0
+        plain = name.partition(":")[0]
+        reports = reports if find_defense(plain).needs_trigger else 0
         cell = {"bed": self.bed.name, "defense": name, "seed": seed, "reports": reports}
         what = [
-            {**cell, "attack": self.bed.truth.attack, "objective": self.bed.truth.objective},
+            {**cell, "defense": plain, "attack": self.bed.truth.attack, "objective": self.bed.truth.objective},
             load_patch(self.bed.folder).fingerprint if (self.bed.folder / PATCH).is_file() else self.lm.fingerprint,
-            defense.settings().model_dump(),
+            _settings_of(name).model_dump(),
             self.settings(seed).model_dump(),
             [repr(task) for task in self.tasks],
+            *([self.split] if self.split != "held-out" else []),
         ]
         return {**cell, "key": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}
 
@@ -91,7 +96,10 @@ class _Grid:
         """The repair and its audit, or why there is none."""
         try:
             told = failing_reports(self.lm, self.bed, self.prompts, reports)
-            settings = RepairSettings(defense=name, seed=seed, symptom=self.bed.planted.symptom)
+            defense, _, sets = name.partition(":")
+            settings = RepairSettings(
+                defense=defense, overrides=_overrides(sets), seed=seed, symptom=self.bed.planted.symptom
+            )
             with PeakMemory(self.lm.device) as peak:
                 made = mend(self.lm, told, settings, self.prompts.hidden_from_repair(), self.on_progress)
             return {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "summary": self._audit(made, seed)}
@@ -123,6 +131,16 @@ class _Grid:
             on_progress=self.on_progress,
         )
         return [row.model_dump() for row in audit.summary]
+
+
+def _settings_of(given: str) -> Record:
+    """A defense's settings, of NAME or NAME:SETTING=VALUE,... Raises UsageError or ValidationError."""
+    name, _, sets = given.partition(":")
+    return find_defense(name).settings(**_overrides(sets))
+
+
+def _overrides(sets: str) -> dict[str, Any]:
+    return parse_settings(sets.split(",") if sets else [])
 
 
 def _made(lm: LanguageModel, bed: Bed, told: Sequence[FailureReport], made: Repair) -> dict[str, Any]:

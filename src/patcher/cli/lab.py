@@ -107,13 +107,19 @@ def bench(
     attacks: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME or NAME:OBJECTIVE, planted beside OUT first; may repeat")
     ] = None,
-    defenses: Annotated[list[str] | None, typer.Option("--defense", help="For the grid; may repeat")] = None,
+    defenses: Annotated[
+        list[str] | None, typer.Option("--defense", help="NAME or NAME:SETTING=VALUE,..., for the grid; may repeat")
+    ] = None,
     reports: Annotated[int, typer.Option(min=1, help="Reports of each bed, each with another of its triggers")] = 1,
     n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many (default: 1 for the grid, 3 for repair)")] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
+    validation: Annotated[
+        bool,
+        typer.Option("--validation", help="Audit the grid on validation prompts: to choose settings on"),
+    ] = False,
     task: Tasks = None,
     limit: TaskLimit = None,
 ) -> int:
@@ -141,6 +147,7 @@ def bench(
             reports=reports,
             tasks=tasks,
             max_prompts=audit_prompts,
+            split="validation" if validation else "held-out",
             on_progress=progress,
         )
     print(table.as_markdown())
