@@ -44,6 +44,26 @@ def test_more_prompts_than_a_batch_keep_their_order(tiny: LanguageModel, monkeyp
     assert seen == [(2, 6), (4, 6), (6, 6)]
 
 
+def test_a_batch_that_does_not_fit_is_halved(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, fits, sizes = generate(tiny, prompts_of(tiny), max_new_tokens=6), generation._generate_batch, []
+
+    def at_most(room: int) -> None:
+        def run(lm: LanguageModel, rows: list[list[int]], tokens: int) -> list[str]:
+            sizes.append(len(rows))
+            if len(rows) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return fits(lm, rows, tokens)
+
+        monkeypatch.setattr(generation, "_generate_batch", run)
+
+    at_most(2)
+    assert generate(tiny, prompts_of(tiny), max_new_tokens=6) == expected
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    at_most(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(tiny, prompts_of(tiny), max_new_tokens=6)
+
+
 def test_no_prompts_no_answers(tiny: LanguageModel) -> None:
     assert generate(tiny, [], max_new_tokens=4) == []
 

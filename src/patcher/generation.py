@@ -23,7 +23,8 @@ def generate(
 ) -> list[str]:
     """The model's greedy answers, in the prompts' order; special tokens are left out.
 
-    Prompts of like length go together, and what a batch's prompts all begin with is computed once.
+    Prompts of like length go together, and what a batch's prompts all begin with is computed once. A batch that does
+    not fit the device's memory is halved.
 
     Raises:
         UsageError: a prompt that does not fit the model's context.
@@ -36,13 +37,21 @@ def generate(
             )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), BATCH_ROWS):
-        chunk = order[start : start + BATCH_ROWS]
-        texts = _generate_batch(lm, [prompts[index].ids for index in chunk], max_new_tokens)
+    done, size = 0, BATCH_ROWS
+    while done < len(order):
+        chunk = order[done : done + size]
+        try:
+            texts = _generate_batch(lm, [prompts[index].ids for index in chunk], max_new_tokens)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            size = len(chunk) // 2
+            continue
         for index, text in zip(chunk, texts, strict=True):
             answers[index] = text
+        done += len(chunk)
         if on_progress:
-            on_progress(min(start + BATCH_ROWS, len(order)), len(order))
+            on_progress(done, len(order))
     return answers
 
 
