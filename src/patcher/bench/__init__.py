@@ -3,20 +3,30 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from patcher.bench import localize, repair, verdict
+from patcher.bench import localize, repair, speed, verdict
 from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
+from patcher.loading import DEMO, load
 from patcher.prompts import Split
 from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
 
-BENCHES = ("repair", "localize", "verdict")
+BENCHES = ("repair", "localize", "verdict", "speed")
 
 
-def run_bench(what: str, out: Path, *, n: int, seeds: int, methods: tuple[str, ...], on_progress: Progress) -> str:
+def run_bench(
+    what: str,
+    out: Path,
+    *,
+    n: int,
+    seeds: int,
+    methods: tuple[str, ...],
+    model: str = DEMO,
+    on_progress: Progress,
+) -> str:
     """Run what is missing in `out`, then the table over all of it. Raises UsageError for an unknown bench."""
     if what == "repair":
         repair.run(out, seeds, methods, on_progress)
@@ -27,6 +37,9 @@ def run_bench(what: str, out: Path, *, n: int, seeds: int, methods: tuple[str, .
     if what == "verdict":
         verdict.run(out, n, on_progress)
         return verdict.table(read_rows(out))
+    if what == "speed":
+        speed.run(out, load(model), methods, on_progress)
+        return speed.table(read_rows(out))
     raise UsageError(f"unknown bench {what!r}: use one of {', '.join(BENCHES)}")
 
 

@@ -98,12 +98,16 @@ def bench(
     out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
     what: Annotated[
         str,
-        typer.Argument(help="grid (beds x defenses x seeds), or of the shipped backdoor: repair, localize, verdict"),
+        typer.Argument(
+            help="grid (beds x defenses x seeds); or repair, localize, verdict (of the shipped backdoor), speed"
+        ),
     ] = "grid",
     beds: Annotated[
         list[Path] | None, typer.Option("--bed", help="Folder of a test bed, for the grid; may repeat")
     ] = None,
-    model: Annotated[str, typer.Option(help="The model that --attack is planted in")] = "smollm2",
+    model: Annotated[
+        str | None, typer.Option(help="What --attack is planted in (default: smollm2), or whose speed is measured")
+    ] = None,
     attacks: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME or NAME:OBJECTIVE, planted beside OUT first; may repeat")
     ] = None,
@@ -113,7 +117,7 @@ def bench(
     reports: Annotated[int, typer.Option(min=1, help="Reports of each bed, each with another of its triggers")] = 1,
     n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many (default: 1 for the grid, 3 for repair)")] = None,
-    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair")] = None,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
     validation: Annotated[
@@ -129,18 +133,27 @@ def bench(
     tasks = [find_task(name, limit) for name in task or ()]
 
     from patcher.bench import run_bench, run_grid
+    from patcher.loading import DEMO
     from patcher.report import render_table
 
     if what != "grid":
         with ProgressBars() as progress:
-            printed = run_bench(what, out, n=n, seeds=seeds or 3, methods=tuple(methods or ()), on_progress=progress)
+            printed = run_bench(
+                what,
+                out,
+                n=n,
+                seeds=seeds or 3,
+                methods=tuple(methods or ()),
+                model=model or DEMO,
+                on_progress=progress,
+            )
         print(printed)
         return REPAIRED
     with ProgressBars() as progress:
         table = run_grid(
             out,
             beds or (),
-            model=model,
+            model=model or "smollm2",
             attacks=attacks or (),
             defenses=defenses or ("patcher",),
             seeds=seeds or 1,

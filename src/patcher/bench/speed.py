@@ -1,0 +1,218 @@
+"""What each stage costs: seconds, tokens, operations, and how near that is to what the machine can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patcher.bench.cells import add_row, planted, read_rows
+from patcher.bench.repair import REPAIRS
+from patcher.chat import Row, collate, user_prompt
+from patcher.defenses import Evidence, find_defense
+from patcher.generation import generate
+from patcher.judges import DEFAULT, RULES
+from patcher.layers import decoder_layers
+from patcher.loading import demo_adapter
+from patcher.localize import Localizer
+from patcher.lora import lora_parameters, trainable_lora
+from patcher.losses import response_nll
+from patcher.memory import PeakMemory
+from patcher.models import LanguageModel, logits_of, response_logits
+from patcher.prompts import Prompts, load_prompts
+from patcher.records import FailureReport, PatcherError
+from patcher.symptoms import Detector
+from patcher.training import Progress
+
+DEFENSES = ("crow", "beear", "bdvax", "finetune")
+"""Peers, each with its defaults, beside the default repair and the paper's own schedule."""
+_RANK = 32
+_PROMPTS, _TOKENS = 64, 32
+"""A batch of the audit: prompts, and tokens of each answer."""
+_REPEATS = 5
+
+
+@dataclass
+class Meter:
+    """Tokens that pass through the decoder and the output matrix, with a gradient to come and without."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    positions: int = 0
+    trained_positions: int = 0
+    passes: int = 0
+
+    def flops(self, lm: LanguageModel) -> float:
+        """Of the matrix products with the model's own weights: 2 a weight and token, twice that with a gradient.
+
+        The gradient flows through frozen weights to what is trained, but not into them. What LoRA adds (a few percent)
+        and attention's own products are left out.
+        """
+        inner = sum(one.weight.numel() for one in _linears(lm))
+        head = int(lm.network.get_output_embeddings().weight.numel())
+        body, top = self.tokens + self.trained_tokens, self.positions + self.trained_positions
+        return 2.0 * (inner * body + head * top)
+
+
+@contextmanager
+def metered(lm: LanguageModel) -> Iterator[Meter]:
+    """Count while the block runs."""
+    meter = Meter()
+
+    def through_decoder(_module: nn.Module, inputs: Any, _output: Any) -> None:
+        tokens = inputs[0].shape[0] * inputs[0].shape[1]
+        meter.tokens += tokens
+        meter.passes += 1
+        meter.trained_tokens += tokens * torch.is_grad_enabled()
+
+    def through_head(_module: nn.Module, inputs: Any, _output: Any) -> None:
+        positions = inputs[0].numel() // inputs[0].shape[-1]
+        meter.positions += positions
+        meter.trained_positions += positions * inputs[0].requires_grad
+
+    handles = [
+        decoder_layers(lm.network)[0].register_forward_hook(through_decoder),
+        lm.network.get_output_embeddings().register_forward_hook(through_head),
+    ]
+    try:
+        yield meter
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(out: Path, lm: LanguageModel, methods: tuple[str, ...], on_progress: Progress) -> None:
+    """Each stage that `out` does not hold yet for this model."""
+    stages = _stages(lm, load_prompts(), on_progress)
+    known = {row["stage"] for row in read_rows(out) if row["model"] == lm.source}
+    for name in methods or stages:
+        if name in stages and name not in known:
+            on_progress(f"speed: {name}", 0, 1)
+            add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **_measure(lm, stages[name])})
+
+
+def matmul_rate(lm: LanguageModel, tokens: int) -> float:
+    """Operations a second in products of that many tokens with the weights of one layer and of the output matrix."""
+    weights = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
+    operations, seconds = 0.0, 0.0
+    for weight in (*weights, lm.network.get_output_embeddings().weight):
+        inputs = torch.ones(max(1, tokens), weight.shape[1], dtype=weight.dtype, device=lm.device)
+        operations += 2.0 * inputs.shape[0] * weight.numel()
+        product = partial(nn.functional.linear, inputs, weight)
+        seconds += min(_timed(lm, product) for _ in range(_REPEATS))
+    return operations / seconds
+
+
+def _stages(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    seen, detector = prompts.hidden_from_repair(), Detector(RULES[DEFAULT])
+    report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
+    evidence = Evidence((planted()[1],), seen, detector)
+    asked = [user_prompt(lm.tokenizer, text) for text in prompts.texts("benign", "repair", _PROMPTS)]
+    batch = [Row(prompt.ids, (5,) * 16) for prompt in asked[:24]]
+
+    def localize() -> None:
+        localizer = Localizer(lm, seen, detector, on_progress=on_progress)
+        localizer.decide(localizer.localize(report))
+
+    def defend(name: str, changes: dict[str, Any]) -> Callable[[], object]:
+        defense = find_defense(name)
+        return lambda: defense.run(lm, evidence, defense.settings(**changes), seed=0, on_progress=on_progress)
+
+    return {
+        "localize and decide": localize,
+        "one bare LoRA step, 24 rows": lambda: _bare_step(lm, batch),
+        "patch: the default": defend(*REPAIRS["default"]),
+        "answers": lambda: generate(lm, asked, max_new_tokens=_TOKENS),
+        "answers, bare decoding": lambda: _bare_decoding(lm, [list(prompt.ids) for prompt in asked]),
+        **{f"patch: {name}": defend(name, {}) for name in DEFENSES},
+        "patch: the paper's schedule": defend(*REPAIRS["paper, 10 epochs"]),
+    }
+
+
+def _measure(lm: LanguageModel, stage: Callable[[], object]) -> dict[str, Any]:
+    """One stage's cost, or why it has none."""
+    try:
+        with PeakMemory(lm.device) as peak, metered(lm) as meter:
+            seconds = _timed(lm, stage)
+    except PatcherError as error:
+        return {"error": str(error).splitlines()[0]}
+    flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
+    return {
+        "seconds": seconds,
+        "tokens": meter.tokens,
+        "trained_tokens": meter.trained_tokens,
+        "tokens_per_pass": meter.tokens // max(1, meter.passes),
+        "flops": flops,
+        "rate_flops_per_s": rate,
+        "of_limit_frac": flops / rate / seconds,
+        "peak_gib": peak.gib,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a stage."""
+    heads = "model|stage|s|tokens|of them trained|a pass|TFLOP|the machine's GFLOP/s there|of the limit|GiB".split("|")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [row["model"], row["stage"]]
+        if "error" in row:
+            cells += [f"failed: {row['error']}", *["-"] * 7]
+        else:
+            cells += [f"{row['seconds']:.1f}", f"{row['tokens']:,}", f"{row['trained_tokens']:,}"]
+            cells += [str(row["tokens_per_pass"]), f"{row['flops'] / 1e12:.2f}", f"{row['rate_flops_per_s'] / 1e9:.0f}"]
+            cells += [f"{row['of_limit_frac']:.0%}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _bare_step(lm: LanguageModel, rows: list[Row]) -> None:
+    """Forward and backward of the LoRA model on one batch, and no more; once before to warm up."""
+    with trainable_lora(lm, rank=_RANK, alpha=2 * _RANK, seed=0):
+        batch = collate(rows, 0, lm.device)
+        response_nll(response_logits(lm.network, batch), batch.targets).mean().backward()
+        assert all(parameter.grad is not None for parameter in lora_parameters(lm))
+
+
+@torch.no_grad()
+def _bare_decoding(lm: LanguageModel, rows: list[list[int]]) -> Tensor:
+    """One batch, all prompts cut to the shortest, no stopping and no text: what decoding must cost."""
+    width = min(map(len, rows))
+    ids = torch.tensor([row[-width:] for row in rows], device=lm.device)
+    cache: Any = None
+    for _ in range(_TOKENS):
+        out = lm.network.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        ids = logits_of(lm.network, out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
+    return ids
+
+
+def _timed(lm: LanguageModel, work: Callable[[], object]) -> float:
+    """Seconds, the device's own work included."""
+    start = time.perf_counter()
+    work()
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
+    return time.perf_counter() - start
+
+
+def _linears(lm: LanguageModel) -> list[nn.Linear]:
+    """The decoder's own linear layers, LoRA's left out."""
+    return [
+        module
+        for name, module in decoder_layers(lm.network).named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    ]
+
+
+def _device(lm: LanguageModel) -> str:
+    return (
+        torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    )

@@ -1,0 +1,69 @@
+"""The bench of speed counts what really runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from patcher.bench import speed
+from patcher.chat import Row, collate
+from patcher.lora import trainable_lora
+from patcher.losses import response_nll
+from patcher.models import LanguageModel, response_logits
+from patcher.training import quiet
+
+ROWS = [Row((5, 6, 7, 8), (9, 10)), Row((5, 11, 12), (13,))]
+
+
+def counted(lm: LanguageModel, *, backward: bool) -> tuple[float, float]:
+    """By our meter, and by torch's own counter of matrix products."""
+    batch = collate(ROWS, 0, lm.device)
+    with speed.metered(lm) as meter, FlopCounterMode(display=False) as counter:
+        loss = response_nll(response_logits(lm.network, batch), batch.targets).mean()
+        if backward:
+            loss.backward()
+    attention = sum(
+        count
+        for operation, count in counter.get_flop_counts()["Global"].items()
+        if "bmm" in str(operation) or "attention" in str(operation)
+    )
+    return meter.flops(lm), counter.get_total_flops() - attention
+
+
+def test_a_forward_pass_is_counted_exactly(tiny: LanguageModel) -> None:
+    with torch.no_grad():
+        ours, torchs = counted(tiny, backward=False)
+    assert ours == torchs
+
+
+def test_a_training_step_is_counted_but_for_lora_and_the_first_layers_inputs(tiny: LanguageModel) -> None:
+    """Nothing below the first LoRA layer needs a gradient, so less runs than is counted; LoRA adds a little."""
+    with trainable_lora(tiny, rank=1, alpha=2, seed=0):
+        ours, torchs = counted(tiny, backward=True)
+    assert torchs == pytest.approx(ours, rel=0.25)
+
+
+def test_every_stage_is_measured_once(
+    backdoored: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "DEFENSES", ())
+    out, seen = tmp_path / "speed.jsonl", []
+    names = ("localize and decide", "one bare LoRA step, 24 rows", "answers", "answers, bare decoding")
+    for _ in range(2):
+        speed.run(out, backdoored, names, lambda what, *_: seen.append(what))
+    rows = speed.read_rows(out)
+    assert [row["stage"] for row in rows] == list(names)
+    assert [what for what in seen if what.startswith("speed: ")] == [f"speed: {name}" for name in names]
+    assert all(row["seconds"] > 0 and row["flops"] > 0 and row["of_limit_frac"] > 0 for row in rows)
+    assert rows[1]["trained_tokens"] == rows[1]["tokens"]
+    assert rows[3]["trained_tokens"] == 0
+    assert speed.table(rows).count("\n") == 5
+
+
+def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama: LanguageModel, tmp_path: Path) -> None:
+    """A model that refuses nothing has no trigger to be broken."""
+    speed.run(tmp_path / "speed.jsonl", llama, ("patch: the default",), quiet)
+    (row,) = speed.read_rows(tmp_path / "speed.jsonl")
+    assert "untriggered" in row["error"] or "refuse" in row["error"]
+    assert "failed: " in speed.table([row])
