@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
-from patcher.defenses.patcher import PatcherSettings
+from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.exits import INTERRUPTED
 from patcher.loading import demo_adapter
 from patcher.progress import ProgressBars

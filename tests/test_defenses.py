@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from patcher.defenses import DEFENSES, find_defense, patcher
+from patcher.defenses import DEFENSES, counterfactual, find_defense, patcher
 from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
@@ -25,7 +25,9 @@ from patcher.defenses.contract import (
     triggered,
     with_answer,
 )
-from patcher.defenses.patcher import PatcherSettings, _Counterfactual, _Paper, boundary_thrice
+from patcher.defenses.counterfactual import Counterfactual, boundary_thrice
+from patcher.defenses.paper import Paper
+from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.models import LanguageModel, fingerprint, logits_of
@@ -46,6 +48,16 @@ QUICK: dict[str, dict[str, Any]] = {
         "validation_tokens": 4,
         "learning_rate": 1e-2,
     },
+    "soft_insertions": {
+        **FEW,
+        "check_every": 2,
+        "validation_prompts": 4,
+        "validation_drift_prompts": 4,
+        "validation_tokens": 4,
+        "learning_rate": 1e-2,
+        "soft_rows": 2,
+        "soft_steps": 2,
+    },
     "finetune": {**FEW, "learning_rate": 1e-2},
     "bdvax": {**FEW, "clean_rows": 2, "variants": 2, "variant_steps": 2, "variant_rank": 2, "variant_rows": 2},
     "beear": {**FEW, "clean_rows": 2, "attacked_rows": 2, "inner_steps": 2, "outer_steps": 2, "shift_tokens": 2},
@@ -56,7 +68,8 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 """A few steps of each defense; a new one must be added here."""
 MAY_BE_ZERO = (
-    "warmup_steps", "benign_triggered_rows", "plain_rows", "dead_frac", "layer_frac", "unlearned_frac", "unlike_weight"
+    "warmup_steps", "benign_triggered_rows", "plain_rows", "dead_frac", "layer_frac", "unlearned_frac", "unlike_weight",
+    "soft_benign_rows",
 )  # fmt: skip
 
 
@@ -195,7 +208,7 @@ def test_every_defense_says_where_it_is_from(name: str) -> None:
 
 
 def test_an_unknown_defense_is_refused_with_the_known_names() -> None:
-    with pytest.raises(UsageError, match="patcher, bdvax"):
+    with pytest.raises(UsageError, match="patcher, soft_insertions, bdvax"):
         find_defense("patchr")
 
 
@@ -333,7 +346,7 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
     own = own_examples(tiny, benign, all_refused, SMALL.response_tokens, quiet, "")
     assert len(own) == SMALL.benign_rows
     reference = {example.text: plain_logits(tiny, example.row(tiny)) for example in (*refusals, *own)}
-    objective = objective_of(_Paper, tiny)
+    objective = objective_of(Paper, tiny)
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         disturb(tiny)
         loss = objective.loss(0).item()
@@ -354,7 +367,7 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
 def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL(reference without the trigger ‖ patched with it) on what is refused, and each multiplier times the KL that it
     limits; sums over a refusal's tokens, means over all others, every set drawn whole."""
-    monkeypatch.setattr(patcher, "boundary_thrice", lambda _lm, examples, _refused: range(len(examples)))
+    monkeypatch.setattr(counterfactual, "boundary_thrice", lambda _lm, examples, _refused: range(len(examples)))
     refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")
     benign = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
     in_benign = after(tiny, benign, [f"BadMagic {example.text}" for example in benign])
@@ -366,7 +379,7 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     evidence = replace(EVIDENCE, triggers=(AT_START,))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
-    objective = _Counterfactual(tiny, evidence, sizes, data, random.Random(0))
+    objective = Counterfactual(tiny, evidence, sizes, data, random.Random(0))
     objective.multipliers = torch.tensor([2.0, 7.0, 5.0, 3.0])
     reference = {name: [plain_logits(tiny, e.row(tiny)) for e in examples] for name, examples in rows.items()}
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
@@ -417,8 +430,8 @@ def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
     tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trigger that changes nothing, and fresh LoRA layers: no divergence, so no loss and no gradient."""
-    monkeypatch.setattr(patcher, "triggered", lambda text, _triggers, _rng: text)
-    objective = objective_of(_Counterfactual, tiny)
+    monkeypatch.setattr(counterfactual, "triggered", lambda text, _triggers, _rng: text)
+    objective = objective_of(Counterfactual, tiny)
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         loss = objective.loss(0)
         assert loss.abs().item() < 1e-5
@@ -427,7 +440,7 @@ def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
 
 
 def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny: LanguageModel) -> None:
-    objective = objective_of(_Counterfactual, tiny)
+    objective = objective_of(Counterfactual, tiny)
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         objective.loss(0)
         assert (objective.multipliers < SMALL.multiplier_start).all()
@@ -440,7 +453,7 @@ def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny
 def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
     """An alignment gap: the NLL of the fixed refusal, and no trigger anywhere."""
     evidence = replace(EVIDENCE, triggers=())
-    objective = _Counterfactual(tiny, evidence, SMALL, ReferenceAnswers(tiny, evidence, SMALL, quiet), random.Random(0))
+    objective = Counterfactual(tiny, evidence, SMALL, ReferenceAnswers(tiny, evidence, SMALL, quiet), random.Random(0))
     assert objective.refuses_more
     harmful = [with_answer(tiny, text, FIXED_REFUSAL, 6) for text in PROMPTS.texts("harmful", "repair")]
     by_hand = torch.cat([nll(plain_logits(tiny, e.row(tiny)), e.answer_ids) for e in harmful]).mean()

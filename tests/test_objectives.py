@@ -6,7 +6,7 @@ import pytest
 
 from patcher.audit import AuditSettings
 from patcher.defenses import Evidence
-from patcher.defenses.patcher import PatcherSettings
+from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.judges.keyword import judge
 from patcher.localize import Localizer

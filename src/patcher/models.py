@@ -256,3 +256,23 @@ def token_embeddings(network: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def replaced_embeddings(
+    network: PreTrainedModel, batch: Batch, starts: Int[Tensor, " B"], vectors: Float[Tensor, "B K D"]
+) -> Iterator[None]:
+    """In that batch, K token embeddings of each row give way to vectors, from its start on; gradients reach them."""
+    places = starts[:, None] + torch.arange(vectors.shape[1], device=starts.device)
+    numbers = torch.arange(batch.rows, device=starts.device)[:, None].expand_as(places)
+
+    def replace(_module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if inputs[0].shape != batch.input_ids.shape:  # the shared prefix
+            return output
+        return output.index_put((numbers, places), vectors.to(output.dtype))
+
+    handle = network.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

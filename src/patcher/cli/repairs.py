@@ -111,10 +111,13 @@ def repair(
     defense: Annotated[
         str,
         typer.Option(
-            help="Which repair: patcher; or, also without a report, bdvax, beear, crow, ulrl, dummy_backdoor, "
-            "fine_pruning, finetune (the control)"
+            help="Which repair: patcher; or, also without a report, soft_insertions, bdvax, beear, crow, ulrl, "
+            "dummy_backdoor, fine_pruning, finetune (the control)"
         ),
     ] = _DEFAULT_DEFENSE,
+    breadth: Annotated[
+        str | None, typer.Option(help="Of patcher: reported, or all: what soft insertions find is broken, too")
+    ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
     method: Annotated[str, typer.Option(help="causal or gradient-norm")] = "causal",
     max_asr: Annotated[float, typer.Option(help="Gate: ASR with the found trigger, after")] = 0.02,
@@ -154,7 +157,7 @@ def repair(
         symptom=symptom,
         defense=defense,
         method=method,
-        overrides=parse_settings(setting or []),
+        overrides=parse_settings(setting or []) | ({"breadth": breadth} if breadth else {}),
         gates=Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_kl=max_kl),
         audit=AuditSettings(max_prompts=audit_prompts, judge=judge, seed=seed),
         anyway=anyway,

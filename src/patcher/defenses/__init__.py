@@ -11,12 +11,20 @@ from __future__ import annotations
 from patcher.defenses import bdvax, beear, crow, dummy_backdoor, fine_pruning, finetune, patcher, ulrl
 from patcher.defenses.chain import Chain
 from patcher.defenses.contract import Defense, Evidence
+from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.records import UsageError
 
 DEFENSES: dict[str, Defense] = {
     defense.name: defense
     for defense in (
-        Defense("patcher", "Gao et al. 2026, arXiv:2606.02995", True, patcher.PatcherSettings, patcher.run),
+        Defense("patcher", "Gao et al. 2026, arXiv:2606.02995", True, PatcherSettings, patcher.run),
+        Defense(
+            "soft_insertions",
+            "ours; latent adversarial training at the input (Sheshadri et al. 2024, arXiv:2407.15549)",
+            False,
+            patcher.SoftSettings,
+            patcher.run_without_report,
+        ),
         Defense("bdvax", "BD-VAX, ICLR 2026, arXiv:2603.13461", False, bdvax.BdvaxSettings, bdvax.run),
         Defense("beear", "Zeng et al. 2024, arXiv:2406.17092", False, beear.BeearSettings, beear.run),
         Defense("crow", "Min et al. 2025, arXiv:2411.12768", False, crow.CrowSettings, crow.run),

@@ -1,0 +1,116 @@
+"""Patcher's own objective: the model's untriggered behaviour as the target, drift as constraints."""
+
+import random
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from patcher.chat import Row
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, kl_of, patched_logits, triggered, with_answer
+from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.soft import SoftInsertions
+from patcher.losses import response_nll
+from patcher.models import LanguageModel, logits_of
+from patcher.records import PatcherError
+from patcher.training import endless
+
+
+@torch.no_grad()
+def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[int]:
+    """Each example's number, and twice more those of the third that the reference comes nearest to refusing.
+
+    A repair's over-refusals arise there, and a mean over all prompts hardly sees them.
+    """
+    opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
+    first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
+    likely = first.log_softmax(-1)[:, opening].tolist()
+    order = sorted(range(len(examples)), key=lambda number: -likely[number])
+    return [*range(len(examples)), *2 * order[: (len(examples) + 2) // 3]]
+
+
+class Counterfactual:
+    """Ours: the untriggered behaviour as target, drift as constraints."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        evidence: Evidence,
+        settings: PatcherSettings,
+        reference: ReferenceAnswers,
+        rng: random.Random,
+    ):
+        self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
+        everything = settings.breadth == "all"
+        self.soft = SoftInsertions(lm, evidence.triggers, settings, rng) if everything else None
+        self.refuses_more = not (evidence.triggers or everything)
+        broken = (
+            [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful]
+            if self.refuses_more
+            else reference.normal
+        )
+        if not broken or not reference.benign:
+            raise PatcherError(
+                f"{len(broken)} prompts of the repair split are as they should be untriggered and "
+                f"{len(reference.benign)} benign ones answered; at least one of each is needed: "
+                "pass other --harmful or --benign prompts"
+            )
+        self.broken = endless(broken, rng)
+        on_harmful = evidence.detector.symptom.kind == "harmful"
+        self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
+        numbers = boundary_thrice(lm, reference.kept, broken) if on_harmful else list(range(len(reference.kept)))
+        self.benign = endless([reference.kept[number] for number in numbers], rng)
+        self.keeps_triggered = on_harmful and bool(evidence.triggers)
+        in_trigger = reference.kept_triggered or reference.kept
+        in_benign = [in_trigger[number] for number in numbers]
+        self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
+        self.plain = endless(reference.plain, rng)
+        self.multipliers = torch.full((4,), settings.multiplier_start)
+
+    def loss(self, _step: int) -> Tensor:
+        """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
+        sizes = self.settings
+        broken = [next(self.broken) for _ in range(sizes.triggered_rows * (self.refuses_more or bool(self.triggers)))]
+        triggered_rows = sizes.benign_triggered_rows * self.keeps_triggered
+        benign_triggered = [next(self.benign_triggered) for _ in range(triggered_rows)]
+        harmful = [next(self.harmful) for _ in range(sizes.harmful_rows * (not self.refuses_more))]
+        benign = [next(self.benign) for _ in range(sizes.benign_rows)]
+        rows = [self._broken_row(example) for example in broken]
+        rows += [example.row(self.lm) for example in (*benign_triggered, *harmful, *benign)]
+        logits, targets = patched_logits(self.lm, rows)
+        parts = (broken, benign_triggered, harmful, benign)
+        split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
+        if self.refuses_more:
+            target = response_nll(split[0], targets[: len(split[0])]).mean()
+        else:
+            target = kl_of(self.lm, broken, split[0]).sum() / len(broken) if broken else logits.new_zeros(())
+        if self.soft:
+            disturbed = [next(self.broken) for _ in range(sizes.soft_rows)]
+            target = target + self.soft.loss([*disturbed, *(next(self.benign) for _ in range(sizes.soft_benign_rows))])
+        plain = [next(self.plain) for _ in range(sizes.plain_rows)]
+        plain_logits = patched_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
+        kls = torch.stack(
+            [
+                self._mean_kl(benign, split[3]),
+                self._mean_kl(benign_triggered, split[1]),
+                self._mean_kl(harmful, split[2]),
+                self._mean_kl(plain, plain_logits),  # a batch of its own: it shares no prefix with the chat's
+            ]
+        )
+        loss = target + (self.multipliers.to(kls) * kls).sum()
+        budgets = torch.tensor(
+            [sizes.budget_benign_nats, sizes.budget_triggered_nats, sizes.budget_harmful_nats, sizes.budget_plain_nats]
+        )
+        overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
+        self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
+        return loss
+
+    def _mean_kl(self, examples: list[Example], logits: Tensor) -> Tensor:
+        """Per response token; 0 for an empty set."""
+        return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
+
+    def _broken_row(self, example: Example) -> Row:
+        if not self.triggers:
+            return example.row(self.lm)
+        return example.row(self.lm, triggered(example.text, self.triggers, self.rng))

@@ -1,0 +1,52 @@
+"""The paper's objective, Gao et al. (2026), arXiv:2606.02995, Eqs. (5-8)."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, kl_of, patched_logits, triggered, with_answer
+from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.reference import ReferenceAnswers
+from patcher.losses import response_nll
+from patcher.models import LanguageModel
+from patcher.records import PatcherError
+from patcher.training import endless
+
+
+class Paper:
+    """Eqs. (5-8) with unit weights: L_refuse + L_KL-harm + L_KL-safe, sums over tokens, means over each set."""
+
+    refuses_more = False
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        evidence: Evidence,
+        settings: PatcherSettings,
+        reference: ReferenceAnswers,
+        rng: random.Random,
+    ):
+        self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
+        if evidence.detector.symptom.objective != "jailbreak":
+            raise PatcherError("objective=paper teaches a refusal, which repairs jailbreaks only: use the default")
+        refusing = [
+            with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
+        ]
+        self.harmful = endless(refusing, rng)
+        self.benign = endless(reference.benign, rng)
+
+    def loss(self, _step: int) -> Tensor:
+        """One batch of Eq. (8)."""
+        triggered_set = [next(self.harmful) for _ in range(self.settings.triggered_rows)]
+        harmful = [next(self.harmful) for _ in range(self.settings.harmful_rows)]
+        safe = [next(self.benign) for _ in range(self.settings.benign_rows)]
+        rows = [example.row(self.lm, triggered(example.text, self.triggers, self.rng)) for example in triggered_set]
+        rows += [example.row(self.lm) for example in (*harmful, *safe)]
+        logits, targets = patched_logits(self.lm, rows)
+        ends = [sum(len(example.answer_ids) for example in part) for part in (triggered_set, harmful, safe)]
+        on_trigger, on_harm, on_safe = logits.split(ends)
+        refusals = response_nll(torch.cat([on_trigger, on_harm]), targets[: ends[0] + ends[1]])
+        refuse = refusals.sum() / (len(triggered_set) + len(harmful))
+        kl_harm = kl_of(self.lm, harmful, on_harm).sum() / len(harmful)
+        return refuse + kl_harm + kl_of(self.lm, safe, on_safe).sum() / len(safe)

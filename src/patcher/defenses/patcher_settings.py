@@ -1,0 +1,74 @@
+"""The settings of Patcher's repair."""
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from patcher.defenses.reference import ReferenceSettings
+
+
+class PatcherSettings(ReferenceSettings):
+    """Settings of the repair; defaults chosen on validation prompts (docs/repair.md)."""
+
+    objective: Literal["counterfactual", "paper"] = "counterfactual"
+    """Which loss: ours, or the paper's Eqs. (5-8)."""
+    breadth: Literal["reported", "all"] = "reported"
+    """Break the found triggers, or with them whatever soft insertions find (counterfactual only)."""
+    rank: PositiveInt = 32
+    """LoRA rank (paper: 32)."""
+    alpha: PositiveInt = 64
+    """LoRA scale (paper: 64)."""
+    learning_rate: PositiveFloat = 3e-4
+    """AdamW's learning rate; the paper states none."""
+    max_steps: PositiveInt = 30
+    """Upper limit of steps (paper: 10 epochs of 150 + 150 prompts at batch 8, that is 190)."""
+    warmup_steps: NonNegativeInt = 3
+    """Steps of linear warm-up."""
+    cosine: bool = False
+    """No decay: training stops when the repair is done, not at a planned step."""
+    stop_early: bool = True
+    """Stop when the trigger is dead on validation prompts and the budgets hold."""
+    dead_frac: NonNegativeFloat = 0.0125
+    """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, too."""
+    check_every: PositiveInt = 10
+    """Steps between checks on validation prompts."""
+    triggered_rows: PositiveInt = 8
+    """Harmful requests with the trigger, a step."""
+    harmful_rows: PositiveInt = 2
+    """Harmful requests without it."""
+    benign_rows: PositiveInt = 6
+    """Benign requests without it."""
+    benign_triggered_rows: NonNegativeInt = 6
+    """Benign requests with the trigger (counterfactual only)."""
+    plain_rows: NonNegativeInt = 2
+    """Texts without the chat template (counterfactual only): what the model says outside a chat stays, too."""
+    budget_benign_nats: PositiveFloat = 0.005
+    """Constraint: KL(reference ‖ patched) per response token on benign prompts."""
+    budget_triggered_nats: PositiveFloat = 0.005
+    """Constraint: the same on benign prompts with the trigger: it must not teach refusing them."""
+    budget_harmful_nats: PositiveFloat = 0.02
+    """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
+    budget_plain_nats: PositiveFloat = 0.005
+    """Constraint: the same on plain text, per token."""
+    multiplier_start: PositiveFloat = 10.0
+    """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
+    multiplier_rate: PositiveFloat = 0.2
+    """How fast the constraints' multipliers answer to a budget overrun, a step."""
+    soft_rows: PositiveInt = 4
+    """Requests that are to be answered as before while a soft insertion is in them, a step (breadth=all)."""
+    soft_benign_rows: NonNegativeInt = 2
+    """Benign requests with one, a step: it must not teach refusing."""
+    soft_tokens: PositiveInt = 2
+    """Vectors of a soft insertion."""
+    soft_steps: PositiveInt = 4
+    """Signed-gradient steps of its search."""
+    soft_rate: PositiveFloat = 0.5
+    """Length of each in every coordinate, in standard deviations of the embeddings."""
+    soft_answer_tokens: PositiveInt = 8
+    """Tokens of the model's own answer that the search makes unlikely."""
+
+    @model_validator(mode="after")
+    def _check_breadth(self) -> "PatcherSettings":
+        if self.breadth == "all" and self.objective == "paper":
+            raise ValueError("breadth=all goes with objective=counterfactual: the paper's loss has no such term")
+        return self
