@@ -271,7 +271,7 @@ def test_wrong_words(refused: Refusal, words: list[str], says: str) -> None:
 @pytest.mark.parametrize("extra", [[], ["--dry-run"]])
 def test_wrong_words_that_only_the_model_shows(refused: Refusal, model: Path, tmp_path: Path, extra: list[str]) -> None:
     words = ["repair", model, "--prompt", "hi", "--out", tmp_path / "out", "--device", "cpu", *extra]
-    assert "patcher, bdvax" in refused(4, *words, "--defense", "x")
+    assert "patcher, soft_insertions, bdvax" in refused(4, *words, "--defense", "x")
     assert "bogus" in refused(4, *words, "--set", "bogus=1")
     assert "rank" in refused(4, *words, "--set", "rank=many")
 
