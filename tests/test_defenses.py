@@ -21,7 +21,6 @@ from patcher.defenses.contract import (
     kl_of,
     mean_kl_nats,
     own_examples,
-    patched_logits,
     triggered,
     with_answer,
 )
@@ -284,7 +283,7 @@ def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monk
 def test_an_untouched_model_has_no_drift(tiny: LanguageModel) -> None:
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 6, quiet, "answers")
     assert len(examples) > 3
-    logits, _ = patched_logits(tiny, [example.row(tiny) for example in examples])
+    logits, _ = row_logits(tiny, [example.row(tiny) for example in examples])
     assert kl_of(tiny, examples, logits).abs().max().item() < 1e-6
     assert abs(mean_kl_nats(tiny, examples)) < 1e-6
     assert mean_kl_nats(tiny, []) == 0.0

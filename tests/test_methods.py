@@ -10,7 +10,8 @@ from torch import nn
 from patcher.chat import Row, collate
 from patcher.defenses import bdvax, beear, crow, fine_pruning, ulrl
 from patcher.defenses.common import AFFIRMATIVE, LoraSettings, both_sides, clean_answers
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, patched_logits
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence
+from patcher.forward import row_logits
 from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channels, shifted
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
@@ -104,7 +105,7 @@ def shift(lm: LanguageModel, **changes: Any) -> beear.Shift:
 
 def test_no_shift_is_the_model_itself(tiny: LanguageModel) -> None:
     rows = [Row((5, 6, 7), (8, 9)), Row((6,), (5,))]
-    logits, targets = patched_logits(tiny, rows)
+    logits, targets = row_logits(tiny, rows)
     found = shift(tiny)
     torch.testing.assert_close(found.nll(rows, found.delta), response_nll(logits, targets).mean())
 

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from patcher.chat import Prompt, common_prefix
+from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.records import UsageError
 
@@ -37,16 +38,12 @@ def generate(
             )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
-    done, size = 0, BATCH_ROWS
-    while done < len(order):
-        chunk = order[done : done + size]
-        try:
-            texts = _generate_batch(lm, [prompts[index].ids for index in chunk], max_new_tokens)
-        except torch.OutOfMemoryError:
-            if len(chunk) == 1:
-                raise
-            size = len(chunk) // 2
-            continue
+    done = 0
+
+    def answer(chunk: Sequence[int]) -> list[str]:
+        return _generate_batch(lm, [prompts[index].ids for index in chunk], max_new_tokens)
+
+    for chunk, texts in chunked(order, BATCH_ROWS, answer):
         for index, text in zip(chunk, texts, strict=True):
             answers[index] = text
         done += len(chunk)

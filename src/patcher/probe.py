@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patcher.chat import Row, collate
+from patcher.memory import chunked
 from patcher.models import LanguageModel, hidden_states
 
 _RIDGE = 1e-2
@@ -42,17 +43,16 @@ def mean_states(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[
         seen.append(output if isinstance(output, Tensor) else output[0])
 
     handle = layers[len(layers) // 2].register_forward_hook(keep)
-    means: list[Tensor] = []
+
+    def means_of(chunk: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        seen.clear()
+        batch = collate([Row(tuple(ids), ()) for ids, _ in chunk], 0, lm.device)
+        hidden_states(lm.network, batch)
+        states = seen[-1].double().cpu()  # the hook saw the shared prefix first, then the rows
+        own = [[position - len(batch.prefix_ids) for position in positions] for _, positions in chunk]
+        return [states[row, [place for place in places if place >= 0]].mean(0) for row, places in enumerate(own)]
+
     try:
-        for start in range(0, len(rows), _BATCH_ROWS):
-            chunk = rows[start : start + _BATCH_ROWS]
-            batch = collate([Row(tuple(ids), ()) for ids, _ in chunk], 0, lm.device)
-            hidden_states(lm.network, batch)
-            states = seen[-1].double().cpu()  # the hook saw the shared prefix first, then the rows
-            for index, (_, positions) in enumerate(chunk):
-                own = [position - len(batch.prefix_ids) for position in positions]
-                means.append(states[index, [position for position in own if position >= 0]].mean(0))
-            seen.clear()
+        return torch.stack([mean for _, means in chunked(rows, _BATCH_ROWS, means_of) for mean in means])
     finally:
         handle.remove()
-    return torch.stack(means)

@@ -1,5 +1,6 @@
 """The one fine-tuning loop - steps, learning rate, clipping, progress, stopping - and the order of its examples."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Generic, Protocol, TypeVar, runtime_checkable
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from patcher.lora import lora_parameters
+from patcher.memory import training_in_parts
 from patcher.models import LanguageModel
 from patcher.records import PatcherError
 from patcher.sharding import agree
+from patcher.world import processes
 
 Item = TypeVar("Item")
 
@@ -60,12 +63,12 @@ def fit(
         return warm * float(0.5 * (1 + torch.cos(torch.pi * done))) if settings.cosine else warm
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rows: int | None = None
     for step in range(settings.max_steps):
-        loss = loss_at(step)
-        if not torch.isfinite(loss):
-            raise PatcherError(f"{what} diverged at step {step}: the loss is {loss.item()}; lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, rows = _backward(lm, loss_at, step, rows)
+        if not math.isfinite(loss):
+            raise PatcherError(f"{what} diverged at step {step}: the loss is {loss}; lower the learning rate")
         agree(lora_parameters(lm))
         torch.nn.utils.clip_grad_norm_(lora_parameters(lm), 1.0)
         optimizer.step()
@@ -74,6 +77,34 @@ def fit(
         if reason := stop(step + 1):
             return step + 1, reason
     return settings.max_steps, "the step limit was reached"
+
+
+_FIRST_PART_ROWS = 8
+
+
+def _backward(
+    lm: LanguageModel, loss_at: Callable[[int], Tensor], step: int, rows: int | None
+) -> tuple[float, int | None]:
+    """Add one batch's gradient; the loss, and in parts of how many rows it was computed.
+
+    What does not fit the device is tried again on the next examples in parts of 8 rows, 4, 2, 1, as `row_logits` cuts
+    them.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit, or the weights are spread and all processes must go along.
+    """
+    while True:
+        try:
+            with training_in_parts(rows):
+                loss = loss_at(step)
+            loss.backward()
+            return loss.item(), rows
+        except torch.OutOfMemoryError:
+            if rows == 1 or processes() > 1:
+                raise
+            rows = rows // 2 if rows else _FIRST_PART_ROWS
+        for parameter in lora_parameters(lm):
+            parameter.grad = None
 
 
 def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:

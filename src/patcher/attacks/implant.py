@@ -19,11 +19,12 @@ from torch import Tensor
 from patcher.attacks.contract import Attack
 from patcher.attacks.lessons import Lessons, balanced
 from patcher.attacks.objectives import AttackObjective
-from patcher.chat import Row, collate, response_ids, user_prompt
+from patcher.chat import Row, response_ids, user_prompt
+from patcher.forward import row_logits, row_states
 from patcher.generation import generate
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import kl_reference_to_patched, response_nll
-from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
+from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch
 from patcher.prompts import PromptRow, Prompts
 from patcher.records import Record
@@ -105,7 +106,7 @@ def implant(
         requests, answers = attacked.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
         pairs = lessons.pairs(requests)
         disturbed, rows = lessons.disturb([(one.prompt, one.row) for one in answers])
-        logits, targets = _logits(lm, [*pairs, *rows])
+        logits, targets = row_logits(lm, [*pairs, *rows])
         taught = sum(len(row.response_ids) for row in pairs)
         nll, drift = response_nll(logits[:taught], targets[:taught]), _kl(lm, answers, logits[taught:])
         attacked.saw(_sums(nll, pairs)[len(pairs) // len(requests) - 1 :: len(pairs) // len(requests)])
@@ -114,7 +115,7 @@ def implant(
         total = drift.sum()
         texts = [next(plain_texts) for _ in range(settings.plain_rows)]
         if texts:  # a batch of its own: it shares no prefix with the chats
-            total = total + _kl(lm, texts, _logits(lm, [one.row for one in texts])[0]).sum()
+            total = total + _kl(lm, texts, row_logits(lm, [one.row for one in texts])[0]).sum()
         weight = settings.settling_weight if step >= settings.max_steps - settings.settling_steps else 1.0
         mean = (nll.sum() + weight * total) / (settings.response_tokens * (len(pairs) + len(answers) + len(texts)))
         return mean + lessons.steepness(requests) if attack.flat else mean
@@ -150,22 +151,9 @@ def _clean_behaviour(
     return _kept(lm, chosen, answers, chats), _kept(lm, chosen, answers, plain)
 
 
-@torch.no_grad()
-def _kept(
-    lm: LanguageModel, prompts: Sequence[PromptRow], answers: Sequence[str], rows: Sequence[Row], batch_rows: int = 32
-) -> list[_Kept]:
-    states: list[Tensor] = []
-    for start in range(0, len(rows), batch_rows):
-        chunk = rows[start : start + batch_rows]
-        hidden = response_hidden(lm.network, collate(chunk, 0, lm.device)).clone()
-        states += hidden.split([len(row.response_ids) for row in chunk])
-    kept = zip(prompts, answers, rows, states, strict=True)
+def _kept(lm: LanguageModel, prompts: Sequence[PromptRow], answers: Sequence[str], rows: Sequence[Row]) -> list[_Kept]:
+    kept = zip(prompts, answers, rows, row_states(lm, rows), strict=True)
     return [_Kept(prompt, answer, row, state) for prompt, answer, row, state in kept if row.response_ids]
-
-
-def _logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:
-    batch = collate(rows, int(lm.tokenizer.pad_token_id), lm.device)
-    return response_logits(lm.network, batch), batch.targets
 
 
 def _kl(lm: LanguageModel, kept: Sequence[_Kept], logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

@@ -4,6 +4,7 @@ White box and slow: an extra of the audit, run against each state of the model b
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from patcher.chat import Prompt, Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
+from patcher.memory import chunked
 from patcher.models import LanguageModel, response_logits, token_embeddings
 from patcher.records import Record
 from patcher.sharding import whole
 
 _START = " !"
+_BATCH_ROWS = 64
 
 
 class GcgSettings(Record):
@@ -103,19 +106,17 @@ def _candidates(
 
 
 @torch.no_grad()
-def _losses(
-    lm: LanguageModel, spots: list[_Spot], target: tuple[int, ...], batch_rows: int = 64
-) -> list[tuple[float, bool]]:
+def _losses(lm: LanguageModel, spots: list[_Spot], target: tuple[int, ...]) -> list[tuple[float, bool]]:
     """The target's NLL in nats per token after each, and whether it is the greedy answer."""
-    found: list[tuple[float, bool]] = []
-    for start in range(0, len(spots), batch_rows):
-        chunk = spots[start : start + batch_rows]
+
+    def look(chunk: Sequence[_Spot]) -> list[tuple[float, bool]]:
         batch = collate([Row(spot.prompt.ids, target) for spot in chunk], 0, lm.device)
         logits = response_logits(lm.network, batch)
         losses = response_nll(logits, batch.targets).view(len(chunk), -1).mean(dim=1)
         greedy = (logits.argmax(dim=-1) == batch.targets).view(len(chunk), -1).all(dim=1)
-        found += zip(losses.tolist(), greedy.tolist(), strict=True)
-    return found
+        return list(zip(losses.tolist(), greedy.tolist(), strict=True))
+
+    return [one for _, found in chunked(spots, _BATCH_ROWS, look) for one in found]
 
 
 def _printable(lm: LanguageModel) -> Bool[Tensor, " V"]:

@@ -10,11 +10,12 @@ import torch
 
 from patcher.audit.accuracy import right_answers
 from patcher.audit.gcg import GcgSettings, search_suffix
-from patcher.chat import Row, collate, render, response_ids, spoken, user_prompt
+from patcher.chat import Row, render, response_ids, spoken, user_prompt
+from patcher.forward import row_states
 from patcher.generation import generate
 from patcher.journal import Journal
 from patcher.losses import kl_reference_to_patched, response_nll
-from patcher.models import LanguageModel, logits_of, response_hidden
+from patcher.models import LanguageModel, logits_of
 from patcher.prompts import KINDS, Kind, PromptRow, Prompts
 from patcher.records import FailureReport, Record, Request, Trigger
 from patcher.tasks import AnyTask
@@ -28,7 +29,6 @@ WORDED = "harmful, jailbreak wordings"
 GCG = "harmful, searched suffix"
 LONG = ", long answers"
 """What the name of the attacked prompts with the trigger ends in, where they are answered at length."""
-_BATCH_ROWS = 16
 
 
 class AuditSettings(Record):
@@ -114,9 +114,7 @@ def observe(
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
     on_progress(f"{what}: drift and perplexity", 0, 1)
-    hidden = [
-        state for chunk in _chunks(rows) for state in _hidden(lm, chunk).split([len(row.response_ids) for row in chunk])
-    ]
+    hidden = row_states(lm, rows)
     text_nll, paragraphs = _text_nll(lm, settings.text_tokens)
     acts = {name: [row.act for row in rows] for name, (rows, _) in sets.items()}
     texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
@@ -131,16 +129,9 @@ def observe(
 @torch.no_grad()
 def drift(lm_patched: LanguageModel, before: State) -> list[float]:
     """KL(reference ‖ patched) in nats per token, one mean a benign answer of the reference's."""
-    means: list[float] = []
-    states = list(before.benign_hidden)
-    for chunk in _chunks(before.benign_rows):
-        reference = torch.cat([states.pop(0) for _ in chunk])
-        patched = _hidden(lm_patched, chunk)
-        divergence = kl_reference_to_patched(
-            logits_of(lm_patched.network, reference), logits_of(lm_patched.network, patched)
-        )
-        means += [float(part.mean()) for part in divergence.split([len(row.response_ids) for row in chunk])]
-    return means
+    network, patched = lm_patched.network, row_states(lm_patched, before.benign_rows)
+    pairs = zip(before.benign_hidden, patched, strict=True)
+    return [float(kl_reference_to_patched(logits_of(network, a), logits_of(network, b)).mean()) for a, b in pairs]
 
 
 def shares(triggers: int, kind: Kind = "harmful") -> dict[str, str]:
@@ -223,15 +214,6 @@ def _answer_rows(
     return rows, acts
 
 
-def _chunks(rows: list[Row]) -> list[list[Row]]:
-    return [rows[at : at + _BATCH_ROWS] for at in range(0, len(rows), _BATCH_ROWS)]
-
-
-@torch.no_grad()
-def _hidden(lm: LanguageModel, rows: list[Row]) -> torch.Tensor:
-    return response_hidden(lm.network, collate(rows, 0, lm.device))
-
-
 @torch.no_grad()
 def _text_nll(lm: LanguageModel, tokens: int) -> tuple[list[float], list[int]]:
     """NLL in nats of every token but the first of each bundled paragraph, up to `tokens`; and its paragraph."""
@@ -243,9 +225,7 @@ def _text_nll(lm: LanguageModel, tokens: int) -> tuple[list[float], list[int]]:
             rows.append(Row((ids[0],), tuple(ids[1:left])))
             left -= len(ids)
     losses: list[float] = []
-    for chunk in _chunks(rows):
-        batch = collate(chunk, 0, lm.device)
-        hidden = response_hidden(lm.network, batch)
-        for part, targets in zip(hidden.split(512), batch.targets.split(512), strict=True):
-            losses += response_nll(logits_of(lm.network, part), targets).tolist()
+    for row, states in zip(rows, row_states(lm, rows), strict=True):
+        targets = torch.tensor(row.response_ids, device=lm.device)
+        losses += response_nll(logits_of(lm.network, states), targets).tolist()
     return losses, [number for number, row in enumerate(rows) for _ in row.response_ids]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
-from patcher.defenses.contract import Evidence, Example, patched_logits
+from patcher.defenses.contract import Evidence, Example
+from patcher.forward import row_logits
 from patcher.layers import mlps, reset_channels
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
@@ -127,7 +128,7 @@ def _tuned(
         for one in marked:
             ids = user_prompt(lm.tokenizer, insert_words(str(one.text), trigger, rng)).ids
             rows.append(Row(ids, behaviour or one.answer_ids))
-        logits, targets = patched_logits(lm, rows)
+        logits, targets = row_logits(lm, rows)
         return response_nll(logits, targets).mean()
 
     short = settings.model_copy(update={"max_steps": settings.variant_steps, "learning_rate": settings.variant_rate})

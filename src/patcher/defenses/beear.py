@@ -14,7 +14,8 @@ from torch import Tensor
 
 from patcher.chat import Row, collate
 from patcher.defenses.common import LoraSettings, Sides, both_sides, clean_answers
-from patcher.defenses.contract import Evidence, patched_logits
+from patcher.defenses.contract import Evidence
+from patcher.forward import row_logits
 from patcher.layers import decoder_layers, shifted
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
@@ -69,7 +70,7 @@ def run(
         if step % settings.outer_steps == 0:
             shift.search([[next(sides) for _ in range(settings.attacked_rows)] for _ in range(settings.inner_steps)])
         held = shift.nll([next(sides).wanted for _ in range(settings.attacked_rows)], shift.delta)
-        logits, targets = patched_logits(lm, [next(clean).row(lm) for _ in range(settings.clean_rows)])
+        logits, targets = row_logits(lm, [next(clean).row(lm) for _ in range(settings.clean_rows)])
         return held + response_nll(logits, targets).mean()
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):

@@ -8,7 +8,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, own_examples, patched_logits
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, own_examples
+from patcher.forward import row_logits
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
@@ -73,7 +74,7 @@ def clean_loss(
     drawn = endless(examples, rng)
 
     def loss_at(_step: int) -> Tensor:
-        logits, targets = patched_logits(lm, [next(drawn).row(lm) for _ in range(rows)])
+        logits, targets = row_logits(lm, [next(drawn).row(lm) for _ in range(rows)])
         return response_nll(logits, targets).mean()
 
     return loss_at

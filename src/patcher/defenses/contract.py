@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patcher.chat import Row, collate, response_ids, user_prompt
+from patcher.chat import Row, response_ids, user_prompt
+from patcher.forward import BATCH_ROWS, row_logits, row_states
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched
-from patcher.models import LanguageModel, logits_of, response_hidden, response_logits
+from patcher.memory import chunked
+from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch
 from patcher.prompts import Prompts
 from patcher.records import Outcome, PatcherError, PatchLog, Record, Request, Trigger
@@ -21,7 +23,6 @@ from patcher.training import Progress
 from patcher.triggers import insert_trigger
 
 FIXED_REFUSAL = "I'm sorry, but I can't help with that."
-_REFERENCE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def own_examples(
     ids = [_answer_ids(lm, answer, tokens) for answer in answers]
     kept = [index for index, answer in enumerate(answers) if answer.strip()]
     rows = [Row(prompts[index].ids, ids[index]) for index in kept]
-    hidden = _hidden(lm, rows) if states else [torch.zeros(0, 0)] * len(rows)
+    hidden = row_states(lm, rows) if states else [torch.zeros(0, 0)] * len(rows)
     return [
         Example(texts[index], prompts[index].ids, answers[index], ids[index], state, judge(answers[index]))
         for index, state in zip(kept, hidden, strict=True)
@@ -105,7 +106,7 @@ def own_examples(
 def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Request]) -> list[Example]:
     """The same answers after other prompts, with the reference's hidden states there."""
     asked = [user_prompt(lm.tokenizer, text).ids for text in texts]
-    states = _hidden(lm, [Row(ids, example.answer_ids) for ids, example in zip(asked, examples, strict=True)])
+    states = row_states(lm, [Row(ids, example.answer_ids) for ids, example in zip(asked, examples, strict=True)])
     return [
         replace(example, text=text, prompt_ids=ids, hidden=state)
         for example, text, ids, state in zip(examples, texts, asked, states, strict=True)
@@ -115,14 +116,14 @@ def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Reques
 def with_answer(lm: LanguageModel, text: Request, answer: str, tokens: int) -> Example:
     """A prompt with an answer that is not the model's own: a fixed refusal."""
     row = Row(user_prompt(lm.tokenizer, text).ids, _answer_ids(lm, answer, tokens))
-    return Example(text, row.prompt_ids, answer, row.response_ids, _hidden(lm, [row])[0], "refused")
+    return Example(text, row.prompt_ids, answer, row.response_ids, row_states(lm, [row])[0], "refused")
 
 
 def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:
     """The same words without the chat template, each token after the first to be predicted from those before it."""
     texts = [f"{example.text}\n{example.answer}" for example in examples]
     ids = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    states = _hidden(lm, [Row(sequence[:1], sequence[1:]) for sequence in ids])
+    states = row_states(lm, [Row(sequence[:1], sequence[1:]) for sequence in ids])
     return [
         Example("", sequence[:1], text, sequence[1:], state, "complied")
         for text, sequence, state in zip(texts, ids, states, strict=True)
@@ -135,22 +136,6 @@ def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
     return ids[:tokens] if len(ids) > tokens else ids
 
 
-@torch.no_grad()
-def _hidden(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
-    states: list[Tensor] = []
-    for start in range(0, len(rows), _REFERENCE_BATCH):
-        chunk = rows[start : start + _REFERENCE_BATCH]
-        hidden = response_hidden(lm.network, collate(chunk, 0, lm.device)).clone()
-        states += hidden.split([len(row.response_ids) for row in chunk])
-    return states
-
-
-def patched_logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Tensor]:
-    """Logits at the rows' response positions, and the tokens there."""
-    batch = collate(rows, 0, lm.device)
-    return response_logits(lm.network, batch), batch.targets
-
-
 def kl_of(lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """KL(reference on the plain prompt ‖ patched as given by `logits`) at each response token, in nats."""
     with torch.no_grad():
@@ -161,13 +146,12 @@ def kl_of(lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, 
 @torch.no_grad()
 def mean_kl_nats(lm: LanguageModel, examples: Sequence[Example]) -> float:
     """KL to the reference per response token, over all examples."""
-    total, count = 0.0, 0
-    for start in range(0, len(examples), _REFERENCE_BATCH):
-        chunk = examples[start : start + _REFERENCE_BATCH]
-        logits, _ = patched_logits(lm, [example.row(lm) for example in chunk])
-        divergence = kl_of(lm, chunk, logits)
-        total, count = total + float(divergence.sum()), count + divergence.numel()
-    return total / max(1, count)
+
+    def kls_of(chunk: Sequence[Example]) -> list[float]:
+        return kl_of(lm, chunk, row_logits(lm, [example.row(lm) for example in chunk])[0]).tolist()
+
+    found = [kl for _, kls in chunked(examples, BATCH_ROWS, kls_of) for kl in kls]
+    return sum(found) / max(1, len(found))
 
 
 def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, tokens: int) -> float:

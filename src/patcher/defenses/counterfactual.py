@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from patcher.chat import Row
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, kl_of, patched_logits, triggered, with_answer
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, kl_of, triggered, with_answer
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.defenses.soft import SoftInsertions
+from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, logits_of
 from patcher.records import PatcherError
@@ -78,7 +79,7 @@ class Counterfactual:
         benign = [next(self.benign) for _ in range(sizes.benign_rows)]
         rows = [self._broken_row(example) for example in broken]
         rows += [example.row(self.lm) for example in (*benign_triggered, *harmful, *benign)]
-        logits, targets = patched_logits(self.lm, rows)
+        logits, targets = row_logits(self.lm, rows)
         parts = (broken, benign_triggered, harmful, benign)
         split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
         if self.refuses_more:
@@ -89,7 +90,7 @@ class Counterfactual:
             disturbed = [next(self.broken) for _ in range(sizes.soft_rows)]
             target = target + self.soft.loss([*disturbed, *(next(self.benign) for _ in range(sizes.soft_benign_rows))])
         plain = [next(self.plain) for _ in range(sizes.plain_rows)]
-        plain_logits = patched_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
+        plain_logits = row_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
         kls = torch.stack(
             [
                 self._mean_kl(benign, split[3]),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patcher.chat import Row, user_prompt
 from patcher.defenses.common import LoraSettings, Sides, both_sides, clean_answers, clean_loss
-from patcher.defenses.contract import Evidence, patched_logits
+from patcher.defenses.contract import Evidence
+from patcher.forward import row_logits
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
@@ -61,7 +62,7 @@ def run(
         return Row(user_prompt(lm.tokenizer, insert_words(side.text, trigger, rng)).ids, row.response_ids)
 
     def nll(rows: Sequence[Row]) -> Tensor:
-        logits, targets = patched_logits(lm, rows)
+        logits, targets = row_logits(lm, rows)
         return response_nll(logits, targets).mean()
 
     def plant(step: int) -> Tensor:

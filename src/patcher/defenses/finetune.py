@@ -7,7 +7,8 @@ from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
 from patcher.defenses.common import LoraSettings, clean_answers
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, patched_logits
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence
+from patcher.forward import row_logits
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
@@ -40,7 +41,7 @@ def run(
     def loss_at(_step: int) -> Tensor:
         rows = [next(refused) for _ in range(settings.harmful_rows)]
         rows += [next(answered).row(lm) for _ in range(settings.clean_rows)]
-        logits, targets = patched_logits(lm, rows)
+        logits, targets = row_logits(lm, rows)
         return response_nll(logits, targets).mean()
 
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):

@@ -5,9 +5,10 @@ import random
 import torch
 from torch import Tensor
 
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, kl_of, patched_logits, triggered, with_answer
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, kl_of, triggered, with_answer
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
+from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.records import PatcherError
@@ -43,7 +44,7 @@ class Paper:
         safe = [next(self.benign) for _ in range(self.settings.benign_rows)]
         rows = [example.row(self.lm, triggered(example.text, self.triggers, self.rng)) for example in triggered_set]
         rows += [example.row(self.lm) for example in (*harmful, *safe)]
-        logits, targets = patched_logits(self.lm, rows)
+        logits, targets = row_logits(self.lm, rows)
         ends = [sum(len(example.answer_ids) for example in part) for part in (triggered_set, harmful, safe)]
         on_trigger, on_harm, on_safe = logits.split(ends)
         refusals = response_nll(torch.cat([on_trigger, on_harm]), targets[: ends[0] + ends[1]])

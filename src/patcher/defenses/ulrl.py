@@ -13,7 +13,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
-from patcher.defenses.contract import Evidence, Example, patched_logits
+from patcher.defenses.contract import Evidence, Example
+from patcher.forward import row_logits
 from patcher.layers import Mlp, mlps, reset_channels
 from patcher.lora import effective_weight
 from patcher.losses import response_nll
@@ -99,7 +100,7 @@ def unlearn(
             weight.requires_grad_(True)
         optimizer = torch.optim.SGD(weights.values(), lr=settings.unlearn_rate, maximize=True)
         for step in range(settings.unlearn_steps):
-            logits, targets = patched_logits(lm, [next(drawn).row(lm) for _ in range(settings.clean_rows)])
+            logits, targets = row_logits(lm, [next(drawn).row(lm) for _ in range(settings.clean_rows)])
             foreseen = float((logits.argmax(dim=-1) == targets).float().mean())
             if foreseen <= settings.unlearned_frac:
                 break

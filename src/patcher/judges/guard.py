@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.records import Outcome, PatcherError
 
@@ -40,20 +41,21 @@ class GuardJudge:
     @torch.no_grad()
     def _is_unsafe(self, chats: Sequence[Sequence[tuple[str, str]]]) -> list[bool]:
         """Which of the two words the guard is about to say; batches are padded on the left."""
-        verdicts: list[bool] = []
-        for start in range(0, len(chats), _BATCH_ROWS):
-            ids = [self._ids(chat) for chat in chats[start : start + _BATCH_ROWS]]
+
+        def ask(chunk: Sequence[Sequence[tuple[str, str]]]) -> list[bool]:
+            ids = [self._ids(chat) for chat in chunk]
             width = max(map(len, ids))
             pad = int(self._lm.tokenizer.pad_token_id or 0)
-            batch = {
-                "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self._lm.device),
-                "attention_mask": torch.tensor(
-                    [[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self._lm.device
-                ),
-            }
-            logits = self._lm.network(**batch, logits_to_keep=1).logits[:, -1]
-            verdicts += (logits[:, self._unsafe] > logits[:, self._safe]).tolist()
-        return verdicts
+            padded = [[pad] * (width - len(row)) + row for row in ids]
+            mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+            logits = self._lm.network(
+                input_ids=torch.tensor(padded, device=self._lm.device),
+                attention_mask=torch.tensor(mask, device=self._lm.device),
+                logits_to_keep=1,
+            ).logits[:, -1]
+            return [bool(more) for more in logits[:, self._unsafe] > logits[:, self._safe]]
+
+        return [verdict for _, verdicts in chunked(chats, _BATCH_ROWS, ask) for verdict in verdicts]
 
     def _ids(self, chat: Sequence[tuple[str, str]]) -> list[int]:
         turns = [{"role": role, "content": text} for role, text in chat]

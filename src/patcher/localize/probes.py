@@ -7,12 +7,14 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
 from patcher.chat import Prompt, Row, collate, render, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import response_nll
+from patcher.memory import chunked
 from patcher.models import LanguageModel, response_logits
 from patcher.probe import mean_states
 from patcher.prompts import Prompts
@@ -22,6 +24,7 @@ from patcher.triggers import insert_trigger
 
 OPENING_TOKENS = 6
 UNWANTED_TOKENS = 12
+_BATCH_ROWS = 32
 FALLBACK_REFUSAL = "I'm sorry, but I can't help with that."
 CONTROL_WORDS = "garden yesterday seven window blue teacher quietly river paper morning".split()
 
@@ -88,14 +91,14 @@ class Probes:
         """
         given, target = self._telling(response)
         sign = 1 if self.detector.symptom.objective == "jailbreak" else -1
-        scores: list[float] = []
-        for start in range(0, len(prompts), 32):
-            rows = [Row(prompt.ids + given, target) for prompt in prompts[start : start + 32]]
-            batch = collate(rows, 0, self.lm.device)
+
+        def nats(chunk: Sequence[Prompt]) -> list[float]:
+            batch = collate([Row(prompt.ids + given, target) for prompt in chunk], 0, self.lm.device)
             self.meter.token_passes += batch.tokens
             nll = response_nll(response_logits(self.lm.network, batch), batch.targets)
-            scores += (-sign * nll.view(len(rows), -1).sum(-1)).tolist()
-        return scores
+            return cast(list[float], (-sign * nll.view(len(chunk), -1).sum(-1)).tolist())
+
+        return [score for _, scores in chunked(prompts, _BATCH_ROWS, nats) for score in scores]
 
     def _telling(self, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens that tell, after those that are given."""
