@@ -13,12 +13,12 @@ import patcher
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records", "world"}),
-    frozenset({"checkpoints", "sharding"}),
+    frozenset({"checkpoints", "sharding", "quantized"}),
     frozenset({"rewrites"}),
     frozenset({"models", "layers", "losses", "memory", "symptoms", "triggers", "visible", "intervals", "wordings"}),
     frozenset({"progress", "inputs", "outputs", "options"}),
     frozenset({"chat", "prompts", "tasks", "exits", "journal"}),
-    frozenset({"patch", "generation"}),
+    frozenset({"patch", "generation", "forward"}),
     frozenset({"probe", "lora"}),
     frozenset({"training", "judges"}),
     frozenset({"localize", "defenses", "attacks", "audit", "report", "embedded"}),

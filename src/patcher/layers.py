@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from patcher.quantized import is_quantized
 from patcher.records import UsageError
 from patcher.world import processes
 
@@ -80,8 +81,10 @@ def mlps(network: PreTrainedModel) -> list[Mlp]:
 
     Raises:
         UsageError: a layer without one plain MLP of linear layers (a mixture of experts, GPT-2's transposed ones), or
-            weights that are spread over several processes.
+            weights that are spread over several processes or held in 8 or 4 bits.
     """
+    if is_quantized(network):
+        raise UsageError("this method changes channels of the weights: load the model without --dtype 8bit or 4bit")
     if processes() > 1:
         raise UsageError(
             "this method changes channels of the weights, which are spread over several processes here: run it in one, "

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
+from patcher.quantized import DTYPES, keep_gradients, load_options
 from patcher.records import UsageError
 from patcher.sharding import shards, whole
 from patcher.world import processes
@@ -74,7 +75,8 @@ def load_checkpoint(
 ) -> LanguageModel:
     """Load a local Hugging Face folder, a `.gguf` file or a hub id.
 
-    `dtype` auto: float32 on a CPU, the checkpoint's own on an accelerator. `device` auto: cuda, mps, else cpu.
+    `dtype` auto: float32 on a CPU, the checkpoint's own on an accelerator; 8bit and 4bit: bitsandbytes. `device` auto:
+    cuda, mps, else cpu.
 
     Raises:
         UsageError: for anything that is not a causal language model in safetensors or GGUF: a pickle, remote code,
@@ -85,6 +87,8 @@ def load_checkpoint(
     chosen = _pick_dtype(dtype, where)
     if path.is_file():
         check_gguf(path)
+        if dtype in DTYPES:
+            raise UsageError(f"a .gguf file is read in full precision, {dtype} is for a Hugging Face folder or hub id")
         folder, options = str(path.parent), {"gguf_file": path.name}
         loading: dict[str, Any] = {**options, "quantization_config": GgufConfig(dequantize=True)}
         loading["dtype"] = torch.float32 if chosen == "auto" else chosen
@@ -94,6 +98,8 @@ def load_checkpoint(
         elif path.exists() or source.startswith((".", "/", "~")):
             raise UsageError(f"no model at {source!r}: expected a Hugging Face folder, a .gguf file or a hub id")
         folder, options, loading = source, {}, {"use_safetensors": True, "dtype": chosen}
+        if dtype in DTYPES:
+            loading |= load_options(dtype, where, chosen)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         check_config(config.to_dict(), source)
@@ -108,10 +114,13 @@ def load_checkpoint(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     check_tokenizer(tokenizer, source)
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config
-    if processes() == 1:
-        network.to(where)
+    if dtype in DTYPES:
+        keep_gradients(network)
+    else:
+        if hasattr(network.config, "quantization_config"):  # a GGUF's, which was made whole again
+            del network.config.quantization_config
+        if processes() == 1:
+            network.to(where)
     network.eval().requires_grad_(False)
     _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
@@ -151,9 +160,11 @@ def pick_device(device: str) -> torch.device:
 
 
 def _pick_dtype(dtype: str, device: torch.device) -> Any:
+    """Of the weights or, where those have fewer bits, of what is computed."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known |= dict.fromkeys(DTYPES, torch.float32 if device.type == "cpu" else torch.bfloat16)
     if dtype not in known:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(known)}")
     return known[dtype]

@@ -26,7 +26,7 @@ UnwantedText = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; 8bit, 4bit (an extra)")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
 Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
 Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from patcher.checkpoints import check_safetensors
 from patcher.models import LanguageModel, hash_tensors
+from patcher.quantized import add_beside, holds_bits, is_quantized
 from patcher.records import UsageError
 from patcher.sharding import put, whole
 
@@ -51,13 +52,17 @@ class Patch:
             {f"{self.base_fingerprint}+{own}": torch.tensor([self.rank, self.alpha])},
         )
 
-    def changes(self) -> Iterator[tuple[str, Tensor]]:
-        """(module name, change of its weight, float32, out × in)."""
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(module name, down r × in, up out × r): the change of its weight is up @ down. float32."""
         for key in sorted(self.tensors):
             if key.endswith(".lora_A.weight"):
                 name = key.removesuffix(".lora_A.weight")
-                down, up = self.tensors[key].float(), self.tensors[f"{name}.lora_B.weight"].float()
-                yield name, (self.alpha / self.rank) * (up @ down)
+                up = self.tensors[f"{name}.lora_B.weight"].float()
+                yield name, self.tensors[key].float(), (self.alpha / self.rank) * up
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """(module name, change of its weight, float32, out × in)."""
+        return ((name, up @ down) for name, down, up in self.factors())
 
     def rounded(self, dtype: torch.dtype) -> Patch:
         """The same patch in another precision: what a saved file will really hold."""
@@ -92,13 +97,26 @@ def _apply(patch: Patch, lm: LanguageModel, undo: list[Callable[[], None]]) -> L
     check_base(patch, lm)
     for name, values in patch.changed.items():
         put(lm.network.get_parameter(name), values, undo)
-    for name, change in patch.changes():
+    for name, down, up in patch.factors():
         module = lm.network.get_submodule(name)
+        if holds_bits(module):
+            add_beside(module, down, up, undo)
+            continue
+        change = up @ down
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         change = change.T if isinstance(module, Conv1D) else change
         put(weight, whole(weight.data).float() + change.to(weight.device), undo)
     return replace(lm, fingerprint=patch.fingerprint, source=f"{lm.source} + patch")
+
+
+def check_mergeable(lm: LanguageModel) -> None:
+    """Raises UsageError when a patch stands beside its weights instead of in them."""
+    if is_quantized(lm.network):
+        raise UsageError(
+            f"{lm.source} is held in 8 or 4 bits, into which no patch can be merged: keep the adapter and the base "
+            "apart, or load the base without --dtype 8bit or 4bit"
+        )
 
 
 def compose(first: Patch, second: Patch) -> Patch:

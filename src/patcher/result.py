@@ -13,7 +13,7 @@ from typing import Any
 from patcher.audit import AuditSettings
 from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
-from patcher.patch import Patch, applied, save_patch
+from patcher.patch import Patch, applied, check_mergeable, save_patch
 from patcher.records import (
     Audit,
     FailureReport,
@@ -112,8 +112,10 @@ class Repair:
         """Write the folder, whole or not at all; with `merge_into` (the base), the repaired model too.
 
         Raises:
-            UsageError: the folder exists.
+            UsageError: the folder exists, or the base cannot be merged into.
         """
+        if merge_into:
+            check_mergeable(merge_into)
         with whole_folder(Path(out)) as folder:
             for name, record in self._stages():
                 (folder / f"{name}.json").write_text(record.to_json(), encoding="utf-8")

@@ -150,6 +150,7 @@ def repair(
     check_new(out)
 
     from patcher.audit import AuditSettings
+    from patcher.patch import check_mergeable
     from patcher.pipeline import repair as run_repair
     from patcher.result import Gates, RepairSettings, versions
 
@@ -164,6 +165,8 @@ def repair(
         seed=seed,
     )
     lm = load_model(model, device, dtype, chat_template)
+    if merge:
+        check_mergeable(lm)
     if dry_run:
         from patcher.plan import plan
 
