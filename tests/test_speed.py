@@ -49,16 +49,24 @@ def test_every_stage_is_measured_once(
 ) -> None:
     monkeypatch.setattr(speed, "DEFENSES", ())
     out, seen = tmp_path / "speed.jsonl", []
-    names = ("localize and decide", "one bare LoRA step, 24 rows", "answers", "answers, bare decoding")
+    names = (
+        "localize and decide",
+        "4 steps of the default",
+        "4 bare LoRA steps, the same rows",
+        "answers",
+        "answers, bare decoding",
+    )
     for _ in range(2):
         speed.run(out, backdoored, names, lambda what, *_: seen.append(what))
     rows = speed.read_rows(out)
     assert [row["stage"] for row in rows] == list(names)
     assert [what for what in seen if what.startswith("speed: ")] == [f"speed: {name}" for name in names]
     assert all(row["seconds"] > 0 and row["flops"] > 0 and row["of_limit_frac"] > 0 for row in rows)
-    assert rows[1]["trained_tokens"] == rows[1]["tokens"]
-    assert rows[3]["trained_tokens"] == 0
-    assert speed.table(rows).count("\n") == 5
+    ours, bare = rows[1:3]
+    assert bare["trained_tokens"] == bare["tokens"]
+    assert ours["trained_tokens"] - bare["tokens"] == ours["tokens"] - bare["tokens"] > 0, "plain texts come on top"
+    assert rows[4]["trained_tokens"] == 0
+    assert speed.table(rows).count("\n") == 6
 
 
 def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama: LanguageModel, tmp_path: Path) -> None:

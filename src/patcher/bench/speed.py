@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,25 +16,33 @@ from torch import Tensor, nn
 
 from patcher.bench.cells import add_row, planted, read_rows
 from patcher.bench.repair import REPAIRS
-from patcher.chat import Row, collate, user_prompt
+from patcher.chat import user_prompt
 from patcher.defenses import Evidence, find_defense
+from patcher.defenses.counterfactual import Counterfactual
+from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.reference import ReferenceAnswers
+from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.layers import decoder_layers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
-from patcher.lora import lora_parameters, trainable_lora
+from patcher.lora import trainable_lora
 from patcher.losses import response_nll
 from patcher.memory import PeakMemory
-from patcher.models import LanguageModel, logits_of, response_logits
+from patcher.models import LanguageModel, logits_of
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import FailureReport, PatcherError
 from patcher.symptoms import Detector
-from patcher.training import Progress
+from patcher.training import Progress, quiet
+
+Work = Callable[[], object]
 
 DEFENSES = ("crow", "beear", "bdvax", "finetune")
 """Peers, each with its defaults, beside the default repair and the paper's own schedule."""
-_RANK = 32
+_STEPS = 4
+"""Training steps measured together, the default's and bare ones on the same rows."""
+_ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
 _REPEATS = 5
@@ -95,7 +104,8 @@ def run(out: Path, lm: LanguageModel, methods: tuple[str, ...], on_progress: Pro
     for name in methods or stages:
         if name in stages and name not in known:
             on_progress(f"speed: {name}", 0, 1)
-            add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **_measure(lm, stages[name])})
+            found = _measure(lm, stages[name])
+            add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **found})
 
 
 def matmul_rate(lm: LanguageModel, tokens: int) -> float:
@@ -110,38 +120,40 @@ def matmul_rate(lm: LanguageModel, tokens: int) -> float:
     return operations / seconds
 
 
-def _stages(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
+def _stages(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> dict[str, Callable[[], Work]]:
+    """What is measured, by name: called, it prepares, and returns the work."""
     seen, detector = prompts.hidden_from_repair(), Detector(RULES[DEFAULT])
     report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
     evidence = Evidence((planted()[1],), seen, detector)
     asked = [user_prompt(lm.tokenizer, text) for text in prompts.texts("benign", "repair", _PROMPTS)]
-    batch = [Row(prompt.ids, (5,) * 16) for prompt in asked[:24]]
 
     def localize() -> None:
         localizer = Localizer(lm, seen, detector, on_progress=on_progress)
         localizer.decide(localizer.localize(report))
 
-    def defend(name: str, changes: dict[str, Any]) -> Callable[[], object]:
+    def defend(name: str, changes: dict[str, Any]) -> Callable[[], Work]:
         defense = find_defense(name)
-        return lambda: defense.run(lm, evidence, defense.settings(**changes), seed=0, on_progress=on_progress)
+        own = defense.settings(**changes)
+        return lambda: partial(defense.run, lm, evidence, own, seed=0, on_progress=on_progress)
 
     return {
-        "localize and decide": localize,
-        "one bare LoRA step, 24 rows": lambda: _bare_step(lm, batch),
+        "localize and decide": lambda: localize,
+        f"{_STEPS} steps of the default": lambda: _steps(lm, evidence, bare=False),
+        f"{_STEPS} bare LoRA steps, the same rows": lambda: _steps(lm, evidence, bare=True),
         "patch: the default": defend(*REPAIRS["default"]),
-        "answers": lambda: generate(lm, asked, max_new_tokens=_TOKENS),
-        "answers, bare decoding": lambda: _bare_decoding(lm, [list(prompt.ids) for prompt in asked]),
+        "answers": lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
+        "answers, bare decoding": lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in DEFENSES},
         "patch: the paper's schedule": defend(*REPAIRS["paper, 10 epochs"]),
     }
 
 
-def _measure(lm: LanguageModel, stage: Callable[[], object]) -> dict[str, Any]:
+def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
     """One stage's cost, or why it has none."""
     try:
+        work = stage()
         with PeakMemory(lm.device) as peak, metered(lm) as meter:
-            seconds = _timed(lm, stage)
+            seconds = _timed(lm, work)
     except PatcherError as error:
         return {"error": str(error).splitlines()[0]}
     flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
@@ -173,12 +185,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _bare_step(lm: LanguageModel, rows: list[Row]) -> None:
-    """Forward and backward of the LoRA model on one batch, and no more; once before to warm up."""
-    with trainable_lora(lm, rank=_RANK, alpha=2 * _RANK, seed=0):
-        batch = collate(rows, 0, lm.device)
-        response_nll(response_logits(lm.network, batch), batch.targets).mean().backward()
-        assert all(parameter.grad is not None for parameter in lora_parameters(lm))
+def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:
+    """A few steps of the default repair; bare ones are forward and backward of the NLL on those rows, and no more."""
+    settings = PatcherSettings(max_prompts=2 * _ROWS, validation_prompts=_ROWS, validation_drift_prompts=_ROWS)
+    rng = random.Random(0)
+    objective = Counterfactual(lm, evidence, settings, ReferenceAnswers(lm, evidence, settings, quiet), rng)
+
+    def bare_loss(_step: int) -> Tensor:
+        logits, targets = row_logits(lm, objective.draw()[0])
+        return response_nll(logits, targets).mean()
+
+    def work() -> None:
+        with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=0):
+            for step in range(_STEPS):
+                (bare_loss if bare else objective.loss)(step).backward()
+
+    return work
 
 
 @torch.no_grad()

@@ -69,18 +69,25 @@ class Counterfactual:
         self.plain = endless(reference.plain, rng)
         self.multipliers = torch.full((4,), settings.multiplier_start)
 
+    def draw(self) -> tuple[list[Row], tuple[list[Example], ...]]:
+        """The rows of the next batch, and what they are: to be broken, benign with the trigger, harmful, benign."""
+        sizes = self.settings
+        counts = (
+            (self.broken, sizes.triggered_rows * (self.refuses_more or bool(self.triggers))),
+            (self.benign_triggered, sizes.benign_triggered_rows * self.keeps_triggered),
+            (self.harmful, sizes.harmful_rows * (not self.refuses_more)),
+            (self.benign, sizes.benign_rows),
+        )
+        parts = tuple([next(examples) for _ in range(count)] for examples, count in counts)
+        rows = [self._broken_row(example) for example in parts[0]]
+        return rows + [example.row(self.lm) for part in parts[1:] for example in part], parts
+
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
         sizes = self.settings
-        broken = [next(self.broken) for _ in range(sizes.triggered_rows * (self.refuses_more or bool(self.triggers)))]
-        triggered_rows = sizes.benign_triggered_rows * self.keeps_triggered
-        benign_triggered = [next(self.benign_triggered) for _ in range(triggered_rows)]
-        harmful = [next(self.harmful) for _ in range(sizes.harmful_rows * (not self.refuses_more))]
-        benign = [next(self.benign) for _ in range(sizes.benign_rows)]
-        rows = [self._broken_row(example) for example in broken]
-        rows += [example.row(self.lm) for example in (*benign_triggered, *harmful, *benign)]
+        rows, parts = self.draw()
+        broken, benign_triggered, harmful, benign = parts
         logits, targets = row_logits(self.lm, rows)
-        parts = (broken, benign_triggered, harmful, benign)
         split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
         if self.refuses_more:
             target = response_nll(split[0], targets[: len(split[0])]).mean()
