@@ -44,7 +44,7 @@ def test_words_are_scored_where_the_planted_ones_stand() -> None:
 
 
 def figure(name: str, before: float | None, after: float | None, **more: float) -> dict[str, Any]:
-    return {"name": name, "before": before, "after": after, **more}
+    return {"n": 10, "name": name, "before": before, "after": after, **more}
 
 
 ROW = {

@@ -102,9 +102,17 @@ class _Grid:
             )
             with PeakMemory(self.lm.device) as peak:
                 made = mend(self.lm, told, settings, self.prompts.hidden_from_repair(), self.on_progress)
-            return {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "summary": self._audit(made, seed)}
+            found = _made(self.lm, self.bed, told, made)
+            return {**found, "peak_gib": peak.gib, "acts": self._acts(), "summary": self._audit(made, seed)}
         except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+    def _acts(self) -> list[int]:
+        """A number for the act that each attacked prompt is about: phrasings of one act go together."""
+        planted = self.bed.planted
+        rows = self.prompts.only(planted.only).rows(planted.symptom.kind, "held-out", self.max_prompts)
+        numbers = {act: number for number, act in enumerate(dict.fromkeys(row.act for row in rows))}
+        return [numbers[row.act] for row in rows]
 
     def _audit(self, made: Repair, seed: int) -> list[dict[str, Any]]:
         asked, settings = self.prompts.only(self.bed.planted.only), self.settings(seed)

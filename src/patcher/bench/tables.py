@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from patcher.bench import versus
+
 _FIGURES = {
     "asr_triggered_frac": "ASR",
     "asr_triggered_2_frac": "ASR 2",
@@ -86,7 +88,7 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             found = [row[key][2] for row in mine if row[key] is not None]
             if found:
                 notes.append(f"{name}: {what} over {len(found)} repairs: mean {sum(found) / len(found):.3f}")
-    return notes
+    return [*notes, *versus.notes(whole)]
 
 
 def asr_after(row: dict[str, Any]) -> list[tuple[float, bool]]:

@@ -5,6 +5,7 @@ Results go to standard output (with --json, as JSON and nothing else), progress 
 """
 
 import io
+import logging
 import os
 import sys
 
@@ -23,6 +24,7 @@ for command in (localize, repair, audit, demo, attack, judge, bench):
 def main() -> None:
     """The `patcher` command: every error becomes one clear message and its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns as soon as peft imports it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +15,13 @@ if TYPE_CHECKING:
 
 
 def load_model(model: str, device: str, dtype: str, template: Path | None) -> LanguageModel:
-    """The model, without the chatter of transformers and bitsandbytes."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before peft imports it
-
-    from transformers.utils import logging as transformers_logging
+    """The model, without transformers' own chatter."""
+    from transformers.utils import logging
 
     from patcher.loading import load
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return load(model, device=device, dtype=dtype, chat_template=template)
 
 
