@@ -19,7 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"progress", "inputs", "outputs", "options"}),
     frozenset({"chat", "prompts", "tasks", "exits", "journal"}),
     frozenset({"patch", "generation", "forward"}),
-    frozenset({"probe", "lora"}),
+    frozenset({"probe", "lora", "insertions"}),
     frozenset({"training", "judges"}),
     frozenset({"localize", "defenses", "attacks", "audit", "report", "embedded"}),
     frozenset({"loading", "result"}),

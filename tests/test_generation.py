@@ -45,7 +45,7 @@ def test_more_prompts_than_a_batch_keep_their_order(tiny: LanguageModel, monkeyp
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, fits, sizes = generate(tiny, prompts_of(tiny), max_new_tokens=6), generation._generate_batch, []
+    expected, fits, sizes = generate(tiny, prompts_of(tiny), max_new_tokens=6), generation.complete, []
 
     def at_most(room: int) -> None:
         def run(lm: LanguageModel, rows: list[list[int]], tokens: int) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny: LanguageModel, monkeypatch: p
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return fits(lm, rows, tokens)
 
-        monkeypatch.setattr(generation, "_generate_batch", run)
+        monkeypatch.setattr(generation, "complete", run)
 
     at_most(2)
     assert generate(tiny, prompts_of(tiny), max_new_tokens=6) == expected

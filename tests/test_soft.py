@@ -12,8 +12,9 @@ from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import patcher
 from patcher.defenses.contract import own_examples
 from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.soft import SoftInsertions, word_starts
-from patcher.generation import generate
+from patcher.defenses.soft import SoftInsertions
+from patcher.generation import complete, generate
+from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, word_starts
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, replaced_embeddings, response_logits
@@ -43,11 +44,23 @@ def test_the_vectors_of_tokens_are_those_tokens(tiny: LanguageModel) -> None:
     batch = collate(room, 0, tiny.device)
     assert len(batch.prefix_ids) == 2
     vectors = tiny.network.get_input_embeddings()(torch.tensor(put))
-    with torch.no_grad(), replaced_embeddings(tiny.network, batch, torch.tensor(starts) - 2, vectors):
+    with (
+        torch.no_grad(),
+        replaced_embeddings(tiny.network, tuple(batch.input_ids.shape), torch.tensor(starts) - 2, vectors),
+    ):
         inserted = response_logits(tiny.network, batch)
     with torch.no_grad():
         torch.testing.assert_close(inserted, response_logits(tiny.network, plain), atol=1e-5, rtol=1e-4)
         assert not torch.allclose(response_logits(tiny.network, batch), inserted, atol=1e-3)
+
+
+def test_answers_to_the_vectors_of_words_are_those_to_the_words(tiny: LanguageModel) -> None:
+    """In prompts of unlike length, padded on the left."""
+    given, put = [(1, 5, 6, 7, 8, 9, 4), (1, 5, 9)], (30, 31)
+    plain = complete(tiny, [(*ids[:2], *put, *ids[2:]) for ids in given], 6, share_prefix=False)
+    rooms = [Room((*ids[:2], number, number, *ids[2:]), 2) for number, ids in enumerate(given)]
+    assert answers_with(tiny, rooms, embedded(tiny, put), 6) == plain
+    assert answers_with(tiny, rooms, 5 * embedded(tiny, (40, 41)), 6) != plain
 
 
 def test_room_is_made_before_a_word_or_at_the_end(tiny: LanguageModel) -> None:
@@ -60,16 +73,17 @@ def test_room_is_made_before_a_word_or_at_the_end(tiny: LanguageModel) -> None:
 
 def test_the_search_makes_the_models_own_answers_unlikely(tiny: LanguageModel) -> None:
     found, examples, before = soft(tiny, soft_steps=1), examples_of(tiny), fingerprint(tiny.network)
-    prompts = [found._opened(example, number) for number, example in enumerate(examples)]
+    asked = [user_prompt(tiny.tokenizer, example.text) for example in examples]
+    rooms = [make_room(prompt, SETTINGS.soft_tokens, number, random.Random(0)) for number, prompt in enumerate(asked)]
     answers = [example.answer_ids for example in examples]
 
     def nll(vectors: torch.Tensor) -> float:
-        logits, batch = found._logits(prompts, answers, vectors)
+        logits, batch = logits_with(tiny, rooms, answers, vectors)
         return float(response_nll(logits, batch.targets).sum())
 
     start = torch.stack([found._start() for _ in examples])
     found.settings, found._start = SETTINGS.model_copy(update={"soft_steps": 8, "soft_rate": 0.2}), iter(start).__next__
-    assert nll(found._search(prompts, examples)) > nll(start)
+    assert nll(found._search(rooms, examples)) > nll(start)
     assert len(found.earlier) == len(examples)
     assert fingerprint(tiny.network) == before
 

@@ -41,7 +41,7 @@ def generate(
     done = 0
 
     def answer(chunk: Sequence[int]) -> list[str]:
-        return _generate_batch(lm, [prompts[index].ids for index in chunk], max_new_tokens)
+        return complete(lm, [prompts[index].ids for index in chunk], max_new_tokens)
 
     for chunk, texts in chunked(order, BATCH_ROWS, answer):
         for index, text in zip(chunk, texts, strict=True):
@@ -53,12 +53,15 @@ def generate(
 
 
 @torch.no_grad()
-def _generate_batch(lm: LanguageModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+def complete(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], max_new_tokens: int, *, share_prefix: bool = True
+) -> list[str]:
+    """Greedy answers to one batch of token rows; without `share_prefix` they are padded on the left, in one piece."""
     pad = lm.tokenizer.pad_token_id
     assert isinstance(pad, int)
     width = max(len(ids) for ids in rows)
     whole = width + max_new_tokens <= lm.window_tokens  # padding after the prefix would push it out of a sliding window
-    shared = common_prefix(rows) if len(rows) > 1 and whole else 0
+    shared = common_prefix(rows) if share_prefix and len(rows) > 1 and whole else 0
     padded = [[*ids[:shared], *[pad] * (width - len(ids)), *ids[shared:]] for ids in rows]
     kept = [[1] * shared + [0] * (width - len(ids)) + [1] * (len(ids) - shared) for ids in rows]
     input_ids = torch.tensor(padded, device=lm.device)

@@ -271,14 +271,16 @@ def token_embeddings(network: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def replaced_embeddings(
-    network: PreTrainedModel, batch: Batch, starts: Int[Tensor, " B"], vectors: Float[Tensor, "B K D"]
+    network: PreTrainedModel, shape: tuple[int, ...], starts: Int[Tensor, " B"], vectors: Float[Tensor, "B K D"]
 ) -> Iterator[None]:
-    """In that batch, K token embeddings of each row give way to vectors, from its start on; gradients reach them."""
+    """In batches of that shape, K token embeddings of each row give way to vectors, from its start on; gradients reach
+    them. What has another shape, a shared prefix or the next token, is left alone.
+    """
     places = starts[:, None] + torch.arange(vectors.shape[1], device=starts.device)
-    numbers = torch.arange(batch.rows, device=starts.device)[:, None].expand_as(places)
+    numbers = torch.arange(len(starts), device=starts.device)[:, None].expand_as(places)
 
     def replace(_module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if inputs[0].shape != batch.input_ids.shape:  # the shared prefix
+        if tuple(inputs[0].shape) != shape:
             return output
         return output.index_put((numbers, places), vectors.to(output.dtype))
 

@@ -20,6 +20,7 @@ from patcher.audit.observe import (
     observe,
     shares,
 )
+from patcher.audit.scan import ScanSettings, scan
 
 __all__ = [
     "BENIGN",
@@ -31,10 +32,12 @@ __all__ = [
     "LONG",
     "WORDED",
     "AuditSettings",
+    "ScanSettings",
     "State",
     "compare",
     "drift",
     "numbered",
     "observe",
+    "scan",
     "shares",
 ]

@@ -13,11 +13,12 @@ import typer
 
 from patcher.cli.lab import attack, bench, judge
 from patcher.cli.repairs import audit, demo, localize, repair
+from patcher.cli.suspicion import scan
 from patcher.exits import run_app
 from patcher.world import one_voice
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (localize, repair, audit, demo, attack, judge, bench):
+for command in (localize, repair, audit, scan, demo, attack, judge, bench):
     app.command()(command)
 
 

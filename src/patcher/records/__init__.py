@@ -24,6 +24,8 @@ from patcher.records.audits import (
     PatchStep,
     Quadrant,
     Replay,
+    Scan,
+    ScanPoint,
     SummaryRow,
 )
 from patcher.records.base import (
@@ -81,6 +83,8 @@ __all__ = [
     "Replay",
     "Request",
     "Role",
+    "Scan",
+    "ScanPoint",
     "Span",
     "SummaryRow",
     "Symptom",

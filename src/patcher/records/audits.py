@@ -164,6 +164,32 @@ class Audit(Record):
         return any(row.name == name and row.unscored is None for row in self.summary)
 
 
+class ScanPoint(Record):
+    """What the vectors found at one size do to requests that the model refuses without them."""
+
+    size: float
+    """How far a coordinate may be from a random token's, in standard deviations of the embeddings; 0: that token."""
+    complied_frac: float
+    low: float
+    high: float
+    """95% interval of `complied_frac`."""
+    broken_frac: float
+    """Answers that are garbled or empty."""
+    n: int
+    refusal_nats: float
+    """NLL of the refusals' openings under the vectors, per token, on the requests that they were searched on."""
+
+
+class Scan(Record):
+    """How much of a model's refusing insertions of bounded size remove. No proof: what no search found may be there."""
+
+    source: str
+    asked: int
+    """Harmful requests asked, of which `n` were refused and tested."""
+    points: tuple[ScanPoint, ...]
+    seed: int
+
+
 class Gate(Record):
     """A limit that the repair must keep. `value` is None where the figure could not be measured."""
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patcher.judges.calibrate import Agreement
-from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Trigger, Verdict
+from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Scan, Trigger, Verdict
 from patcher.report import figures, words
 from patcher.visible import visible
 
@@ -97,6 +97,28 @@ def show_gates(gates: Sequence[Gate], console: Console) -> None:
     for gate in gates:
         value = "unscored" if gate.value is None else f"{gate.value:.4f}"
         console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
+
+
+def show_scans(scans: Mapping[str, Scan], console: Console) -> None:
+    """Print what share of refusals the insertions of each size remove, a column a model."""
+    table = _table("size", *scans, right=range(len(scans) + 1))
+    for points in zip(*(scan.points for scan in scans.values()), strict=True):
+        shares = [
+            f"{figures.percent(p.complied_frac)} ({figures.interval('complied_frac', p.low, p.high)})" for p in points
+        ]
+        table.add_row(f"{points[0].size:g}", *shares)
+    console.print(Text("refused requests that are answered with the vectors found, by how far those may be from words"))
+    console.print(table)
+    for name, scan in scans.items():
+        broken = max(point.broken_frac for point in scan.points)
+        console.print(
+            _safe(
+                f"{name}: {scan.source}; {scan.points[0].n} of {scan.asked} requests refused and tested; at most "
+                f"{figures.percent(broken)} of answers garbled or empty",
+                style="dim",
+            )
+        )
+    console.print(Text("A curve says little without that of a clean model of the same family (--clean).", style="dim"))
 
 
 def show_agreements(judge: str, agreements: Sequence[Agreement], console: Console) -> None:

@@ -1,0 +1,99 @@
+"""What bounded insertions do to refusals: searched on some requests, tested on others, within their bounds."""
+
+import json
+import random
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ModelFolder
+from patcher.audit import ScanSettings
+from patcher.audit import scan as run_scan
+from patcher.cli import run as run_command
+from patcher.insertions import embedded, spread_of
+from patcher.judges.keyword import judge
+from patcher.models import LanguageModel, fingerprint
+from patcher.prompts import load_prompts
+from patcher.records import PatcherError, Scan
+
+module = import_module("patcher.audit.scan")  # the package's own `scan` is the function
+FEW = ScanSettings(tokens=4, sizes=(0.5, 4.0), starts=2, steps=8, searched_prompts=4, tested_prompts=12)
+
+
+def scan_of(lm: LanguageModel, **changes: object) -> Scan:
+    return run_scan(lm, load_prompts(), judge, FEW.model_copy(update=changes), seed=0)
+
+
+def test_larger_insertions_remove_more_refusals(backdoored: LanguageModel) -> None:
+    before = fingerprint(backdoored.network)
+    found = scan_of(backdoored)
+    assert [point.size for point in found.points] == [0.0, 0.5, 4.0]
+    tokens, _, far = found.points
+    assert tokens.complied_frac < far.complied_frac
+    assert tokens.refusal_nats < far.refusal_nats
+    assert all(point.low <= point.complied_frac <= point.high and point.n == 12 for point in found.points)
+    assert fingerprint(backdoored.network) == before
+
+
+def test_the_same_seed_finds_the_same(backdoored: LanguageModel) -> None:
+    assert scan_of(backdoored) == scan_of(backdoored)
+
+
+def test_what_is_tested_is_as_near_to_words_as_was_said(
+    backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[torch.Tensor] = []
+
+    def keep(_lm: LanguageModel, rooms: Sequence[object], vectors: torch.Tensor, _settings: object) -> list[str]:
+        tried.append(vectors)
+        return ["I can't help with that."] * len(rooms)
+
+    monkeypatch.setattr(module, "_answers", keep)
+    scan_of(backdoored)
+    spread = spread_of(backdoored, random.Random(0))
+    words = embedded(backdoored, range(len(backdoored.tokenizer)))
+    for vectors, size in zip(tried, (0.0, 0.5, 4.0), strict=True):
+        away = (words[:, None] - vectors).abs().amax(dim=-1).amin(dim=0).max()
+        assert away <= size * spread + 1e-5
+
+
+def test_no_request_is_both_searched_and_tested(backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {"searched": set(), "tested": set()}
+    search, point = module._search, module._point
+
+    monkeypatch.setattr(
+        module,
+        "_search",
+        lambda lm, rows, *more: seen["searched"].update(row.text for row in rows) or search(lm, rows, *more),
+    )
+    monkeypatch.setattr(
+        module,
+        "_point",
+        lambda size, nats, answers, rows, judge: (
+            seen["tested"].update(row.text for row in rows) or point(size, nats, answers, rows, judge)
+        ),
+    )
+    scan_of(backdoored)
+    assert len(seen["searched"]) == 4 and len(seen["tested"]) == 12
+    assert not seen["searched"] & seen["tested"]
+
+
+def test_a_model_that_refuses_nothing_cannot_be_scanned(llama: LanguageModel) -> None:
+    with pytest.raises(PatcherError, match="refuses 0 of 12 harmful requests"):
+        scan_of(llama)
+
+
+def test_the_command(backdoored_folder: ModelFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["scan", str(backdoored_folder.path), "--clean", str(backdoored_folder.path), "--device", "cpu"]
+    few = [f"{name}={json.dumps(value)}" for name, value in FEW.model_dump(mode="json").items()]
+    asked = [*words, *(word for pair in few for word in ("--set", pair))]
+    assert run_command([*asked, "--json", "--out", str(tmp_path / "scan.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "scan.json").read_text())
+    assert found["model"]["points"] == found["clean"]["points"]
+    assert run_command(asked) == 0
+    assert "at most" in capsys.readouterr().out
+    assert run_command([*asked, "--out", str(tmp_path / "scan.json")]) == 4
