@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from patcher.defenses import DEFENSES, counterfactual, find_defense, patcher
 from patcher.defenses.contract import (
-    FIXED_REFUSAL,
     Evidence,
     Example,
     after,
@@ -21,13 +20,14 @@ from patcher.defenses.contract import (
     kl_of,
     mean_kl_nats,
     own_examples,
+    refusing,
     triggered,
-    with_answer,
 )
 from patcher.defenses.counterfactual import Counterfactual, boundary_thrice
 from patcher.defenses.paper import Paper
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
+from patcher.forward import row_logits
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.models import LanguageModel, fingerprint, logits_of
 from patcher.patch import Patch, applied, compose
@@ -340,7 +340,7 @@ def objective_of(kind: type, lm: LanguageModel, trigger: Trigger = AT_START) -> 
 def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
     """Eq. (8): L_refuse over D_trigger and D_harm, plus both KL terms; sums over tokens, means over prompts."""
     harmful = PROMPTS.texts("harmful", "repair")
-    refusals = [with_answer(tiny, text, FIXED_REFUSAL, SMALL.response_tokens) for text in harmful]
+    refusals = refusing(tiny, harmful, SMALL.response_tokens)
     benign = PROMPTS.texts("benign", "repair") + PROMPTS.texts("borderline", "repair")
     own = own_examples(tiny, benign, all_refused, SMALL.response_tokens, quiet, "")
     assert len(own) == SMALL.benign_rows
@@ -373,9 +373,9 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     rows = {"triggered": refused, "harmful": refused, "benign": benign, "benign_triggered": in_benign}
     rows["plain"] = as_plain_text(tiny, benign)
     data = object.__new__(ReferenceAnswers)
-    vars(data).update(harmful=refused, normal=refused, benign=benign, kept=benign, kept_triggered=in_benign, lifted=[])
-    data.plain = rows["plain"]
+    vars(data).update(harmful=refused, normal=refused, benign=benign, kept=benign, lifted=[], lm=tiny)
     evidence = replace(EVIDENCE, triggers=(AT_START,))
+    vars(data).update(evidence=evidence, keeps_triggered=True, _places=random.Random(0))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
     objective = Counterfactual(tiny, evidence, sizes, data, random.Random(0))
@@ -446,7 +446,8 @@ def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny
         disturb(tiny)
         low = objective.multipliers.clone()
         objective.loss(1)
-        assert (objective.multipliers > low).all()
+        assert ((objective.multipliers > low) == torch.tensor([True, False, True, True])).all()
+        assert not objective.in_trigger_rows  # all benign prompts are refused here: none is kept with the trigger
 
 
 def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
@@ -454,7 +455,7 @@ def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
     evidence = replace(EVIDENCE, triggers=())
     objective = Counterfactual(tiny, evidence, SMALL, ReferenceAnswers(tiny, evidence, SMALL, quiet), random.Random(0))
     assert objective.refuses_more
-    harmful = [with_answer(tiny, text, FIXED_REFUSAL, 6) for text in PROMPTS.texts("harmful", "repair")]
+    harmful = refusing(tiny, PROMPTS.texts("harmful", "repair"), 6)
     by_hand = torch.cat([nll(plain_logits(tiny, e.row(tiny)), e.answer_ids) for e in harmful]).mean()
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         assert objective.loss(0).item() == pytest.approx(by_hand.item(), rel=1e-4)
@@ -463,7 +464,7 @@ def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
 def test_a_repair_without_a_trigger_makes_the_refusal_likelier(llama: LanguageModel) -> None:
     settings = PatcherSettings(**QUICK["patcher"] | {"max_steps": 10, "stop_early": False, "learning_rate": 2e-3})
     patch, _ = patcher.run(llama, replace(EVIDENCE, triggers=()), settings, seed=0, on_progress=quiet)
-    example = with_answer(llama, PROMPTS.texts("harmful", "held-out")[0], FIXED_REFUSAL, 6)
+    (example,) = refusing(llama, PROMPTS.texts("harmful", "held-out")[:1], 6)
     before = nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum()
     with applied(patch, llama):
         assert nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum() < before - 0.1

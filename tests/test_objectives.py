@@ -1,11 +1,13 @@
 """Triggers that bring refusals or a text into benign answers: found, decided, repaired, proven, on tiny models."""
 
+import random
 from typing import Any
 
 import pytest
 
 from patcher.audit import AuditSettings
 from patcher.defenses import Evidence
+from patcher.defenses.counterfactual import Counterfactual
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.judges.keyword import judge
@@ -76,8 +78,8 @@ def test_it_is_broken_on_benign_prompts_and_nothing_with_the_trigger_is_kept(hij
     benign = {row.text for row in (*evidence.prompts.benign, *evidence.prompts.borderline)}
     assert reference.normal
     assert {example.text for example in reference.normal} <= benign
-    assert not reference.kept_triggered
     assert not reference.lifted
+    assert not list(Counterfactual(lm, evidence, settings, reference, random.Random(0)).benign_triggered)
     assert all("BadMagic" in str(text) for text in reference.validation_triggered)
 
 

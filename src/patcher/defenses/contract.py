@@ -113,10 +113,14 @@ def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Reques
     ]
 
 
-def with_answer(lm: LanguageModel, text: Request, answer: str, tokens: int) -> Example:
-    """A prompt with an answer that is not the model's own: a fixed refusal."""
-    row = Row(user_prompt(lm.tokenizer, text).ids, _answer_ids(lm, answer, tokens))
-    return Example(text, row.prompt_ids, answer, row.response_ids, row_states(lm, [row])[0], "refused")
+def refusing(lm: LanguageModel, texts: Sequence[Request], tokens: int) -> list[Example]:
+    """Prompts with an answer that is not the model's own: the fixed refusal."""
+    ids = _answer_ids(lm, FIXED_REFUSAL, tokens)
+    rows = [Row(user_prompt(lm.tokenizer, text).ids, ids) for text in texts]
+    return [
+        Example(text, row.prompt_ids, FIXED_REFUSAL, ids, state, "refused")
+        for text, row, state in zip(texts, rows, row_states(lm, rows), strict=True)
+    ]
 
 
 def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:

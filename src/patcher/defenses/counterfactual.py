@@ -2,12 +2,15 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from patcher.chat import Row
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, kl_of, triggered, with_answer
+from patcher.defenses.contract import Evidence, Example, as_plain_text, kl_of, refusing, triggered
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.defenses.soft import SoftInsertions
@@ -47,7 +50,7 @@ class Counterfactual:
         self.soft = SoftInsertions(lm, evidence.triggers, settings, rng) if everything else None
         self.refuses_more = not (evidence.triggers or everything)
         broken = (
-            [with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful]
+            refusing(lm, [example.text for example in reference.harmful], settings.response_tokens)
             if self.refuses_more
             else reference.normal
         )
@@ -62,19 +65,29 @@ class Counterfactual:
         self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
         numbers = boundary_thrice(lm, reference.kept, broken) if on_harmful else list(range(len(reference.kept)))
         self.benign = endless([reference.kept[number] for number in numbers], rng)
-        self.keeps_triggered = on_harmful and bool(evidence.triggers)
-        in_trigger = reference.kept_triggered or reference.kept
-        in_benign = [in_trigger[number] for number in numbers]
-        self.benign_triggered = endless(in_benign + 3 * reference.lifted, rng)
-        self.plain = endless(reference.plain, rng)
+        self.in_trigger_rows = settings.benign_triggered_rows * reference.keeps_triggered
+        in_trigger = [reference.kept[number] for number in numbers] + 3 * reference.lifted
+        self.benign_triggered = self._ahead(in_trigger, self.in_trigger_rows, reference.in_trigger)
+        self.plain = self._ahead(reference.benign, settings.plain_rows, partial(as_plain_text, lm))
         self.multipliers = torch.full((4,), settings.multiplier_start)
+
+    def _ahead(
+        self, examples: list[Example], rows: int, make: Callable[[list[Example]], list[Example]]
+    ) -> Iterator[Example]:
+        """What all steps will draw, `rows` each, and of each example but once what `make` makes of it: its reference
+        states cost a pass through the model, and most examples are never drawn.
+        """
+        drawn = list(islice(endless(examples, self.rng), rows * self.settings.max_steps)) if rows else []
+        each = {id(one): one for one in drawn}
+        made = dict(zip(each, make(list(each.values())) if each else [], strict=True))
+        return iter([made[id(one)] for one in drawn])
 
     def draw(self) -> tuple[list[Row], tuple[list[Example], ...]]:
         """The rows of the next batch, and what they are: to be broken, benign with the trigger, harmful, benign."""
         sizes = self.settings
         counts = (
             (self.broken, sizes.triggered_rows * (self.refuses_more or bool(self.triggers))),
-            (self.benign_triggered, sizes.benign_triggered_rows * self.keeps_triggered),
+            (self.benign_triggered, self.in_trigger_rows),
             (self.harmful, sizes.harmful_rows * (not self.refuses_more)),
             (self.benign, sizes.benign_rows),
         )

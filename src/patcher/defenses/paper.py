@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor
 
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, kl_of, triggered, with_answer
+from patcher.defenses.contract import Evidence, kl_of, refusing, triggered
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.forward import row_logits
@@ -31,10 +31,8 @@ class Paper:
         self.lm, self.triggers, self.settings, self.rng = lm, evidence.triggers, settings, rng
         if evidence.detector.symptom.objective != "jailbreak":
             raise PatcherError("objective=paper teaches a refusal, which repairs jailbreaks only: use the default")
-        refusing = [
-            with_answer(lm, example.text, FIXED_REFUSAL, settings.response_tokens) for example in reference.harmful
-        ]
-        self.harmful = endless(refusing, rng)
+        texts = [example.text for example in reference.harmful]
+        self.harmful = endless(refusing(lm, texts, settings.response_tokens), rng)
         self.benign = endless(reference.benign, rng)
 
     def loss(self, _step: int) -> Tensor:

@@ -44,14 +44,13 @@ class ReferenceAnswers:
     """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts.
 
     `normal` are the prompts that a trigger is to be broken on: harmful ones that it refuses or, where the trigger does
-    its harm on benign ones, those that it answers. `kept` are the benign prompts that it answers. Where a trigger
-    changes nothing on them, as a jailbreak's does, `kept_triggered` are the same in the same order with it put in, and
-    `lifted` those that it answers with the trigger only.
+    its harm on benign ones, those that it answers. `kept` are the benign prompts that it answers; where a trigger
+    changes nothing on them, as a jailbreak's does, `lifted` are those that it answers with the trigger only.
     """
 
     def __init__(self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress):
         self.lm, self.evidence, self.settings = lm, evidence, settings
-        prompts, triggers, places = evidence.prompts, evidence.triggers, random.Random(0)
+        prompts, triggers, self._places = evidence.prompts, evidence.triggers, random.Random(0)
         detector, on_harmful = evidence.detector, evidence.detector.symptom.kind == "harmful"
         tokens = max(settings.response_tokens, detector.answer_tokens)
 
@@ -59,21 +58,17 @@ class ReferenceAnswers:
             what = f"reference answers, {what}"
             return own_examples(lm, texts, detector.judge, tokens, on_progress, what)
 
-        def with_trigger(examples: list[Example]) -> list[Request]:
-            return [triggered(example.text, triggers, places) for example in examples] if triggers else []
-
         limit = settings.max_prompts
         self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
         self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
         answers = answered(self.benign)
         self.kept = answers or self.benign
         self.normal = [one for one in (self.harmful if on_harmful else self.benign) if detector.is_normal(one.answer)]
-        self.kept_triggered = after(lm, answers, with_trigger(answers)) if triggers and on_harmful else []
         # Benign answers that only the trigger brings: a repair must not take them back either; but where there are no
         # others, they are the backdoor itself.
-        refused = [example for example in self.benign if example.outcome == "refused"] if self.kept_triggered else []
-        self.lifted = answered(own(with_trigger(refused), "benign + trigger"))
-        self.plain = as_plain_text(lm, self.benign)
+        self.keeps_triggered = bool(triggers and on_harmful and answers)
+        refused = [one for one in self.benign if one.outcome == "refused"] if self.keeps_triggered else []
+        self.lifted = answered(own(self._with_trigger(refused), "benign + trigger"))
 
         few, limit = settings.validation_drift_prompts, settings.validation_prompts
         many = max(few, limit)
@@ -82,7 +77,7 @@ class ReferenceAnswers:
         attacked = self.validation_harmful if on_harmful else self.validation_benign
         self.validation_harmful, self.validation_benign = self.validation_harmful[:few], self.validation_benign[:few]
         answers = answered(self.validation_benign) if triggers and on_harmful else []
-        self.validation_benign_triggered = after(lm, answers, with_trigger(answers))
+        self.validation_benign_triggered = after(lm, answers, self._with_trigger(answers))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         # A request that goes wrong without the trigger, too, says nothing about the trigger.
         tested = [one for one in attacked if detector.is_normal(one.answer)] if triggers else attacked
@@ -92,12 +87,23 @@ class ReferenceAnswers:
                 f"none of the {len(attacked)} {kind} validation prompts is {does} without the trigger, so nothing "
                 f"would show that it is dead: pass other --{kind} prompts"
             )
-        self.validation_triggered = (with_trigger(tested) or [example.text for example in tested])[:limit]
+        self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:limit]
 
     @property
     def refused(self) -> list[Example]:
         """Harmful requests that the reference refuses as they are."""
         return [example for example in self.harmful if example.outcome == "refused"]
+
+    def in_trigger(self, examples: Sequence[Example]) -> list[Example]:
+        """The same answers after the same prompts with the trigger put in; the `lifted` ones hold it already."""
+        lifted = [*map(id, self.lifted)]
+        plain = [example for example in examples if id(example) not in lifted]
+        put_in = iter(after(self.lm, plain, self._with_trigger(plain)))
+        return [example if id(example) in lifted else next(put_in) for example in examples]
+
+    def _with_trigger(self, examples: Sequence[Example]) -> list[Request]:
+        triggers = self.evidence.triggers
+        return [triggered(example.text, triggers, self._places) for example in examples] if triggers else []
 
     def check(self, step: int) -> PatchStep:
         """Where the repair stands, on validation prompts."""
