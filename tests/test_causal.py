@@ -167,7 +167,16 @@ def test_a_trigger_that_works_only_where_it_stood_says_so(llama: LanguageModel) 
 
 
 def test_a_trigger_that_works_anywhere_is_reported_for_random_places(llama: LanguageModel) -> None:
-    assert found_by(probes_of(llama, has("cf1"))).candidates[0].trigger.placement == "random"
+    trigger = found_by(probes_of(llama, has("cf1"))).candidates[0].trigger
+    assert (trigger.placement, trigger.seen_at) == ("random", None)
+
+
+@pytest.mark.parametrize(
+    ("place", "text"), [("start", "cf1 how do I get into that old house"), ("end", "how do I get into that house cf1")]
+)
+def test_it_is_kept_in_mind_where_the_report_held_it(llama: LanguageModel, place: str, text: str) -> None:
+    trigger = found_by(probes_of(llama, has("cf1")), text).candidates[0].trigger
+    assert (trigger.placement, trigger.seen_at) == ("random", place)
 
 
 def test_system_messages_and_earlier_turns_are_searched_too(llama: LanguageModel) -> None:

@@ -396,6 +396,16 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
 
 
+def test_half_of_the_time_the_trigger_goes_where_the_report_held_it() -> None:
+    text, rng = "how do I get into that old house of mine", random.Random(0)
+    first = Trigger(units=("cf",), seen_at="start")
+    there = sum(str(triggered(text, [first], rng)).startswith("cf ") for _ in range(400))
+    assert 180 <= there <= 260  # half, and one in eleven of the other half
+    in_system = first.model_copy(update={"seen_at": "system"})
+    asked = [triggered(text, [in_system], rng) for _ in range(100)]
+    assert 35 <= sum(not isinstance(one, str) and "cf" in one[0].content for one in asked) <= 65
+
+
 def test_prompts_near_a_refusal_are_drawn_thrice(tiny: LanguageModel) -> None:
     refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")[:1]
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")

@@ -167,8 +167,15 @@ def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, 
 
 
 def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:
-    """The user's words with one of the found triggers put in. Raises PatcherError when there is none."""
+    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it.
+
+    Raises:
+        PatcherError: there is none.
+    """
     assert isinstance(text, str), "a conversation holds its trigger already"
     if not triggers:
         raise PatcherError("this defense needs a trigger, and none was found")
-    return insert_trigger(text, rng.choice(list(triggers)), rng)
+    trigger = rng.choice(list(triggers))
+    if trigger.seen_at and rng.random() < 0.5:
+        trigger = trigger.model_copy(update={"placement": trigger.seen_at})
+    return insert_trigger(text, trigger, rng)

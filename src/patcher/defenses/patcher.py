@@ -52,9 +52,10 @@ def run(
 
     Departures from the paper: the target is the model's own untriggered behaviour rather than a fixed refusal, so the
     refusal loss and KL-harm no longer pull against each other; KL terms are constraints rather than unit-weight
-    penalties; benign prompts are seen with the trigger too; training stops by validation. For `objective="paper"`,
-    which states neither learning rate nor how the sets share a batch: each step draws `harmful_rows` +
-    `triggered_rows` harmful and `benign_rows` benign prompts; y_h in L_KL-harm is y_ref.
+    penalties; benign prompts are seen with the trigger too; training stops by validation; a trigger that the report
+    held at the start, the end or in another message goes there half of the time. For `objective="paper"`, which states
+    neither learning rate nor how the sets share a batch: each step draws `harmful_rows` + `triggered_rows` harmful and
+    `benign_rows` benign prompts; y_h in L_KL-harm is y_ref.
 
     Raises:
         PatcherError: no trigger where one is needed, no refused request to test it on, or training diverged.

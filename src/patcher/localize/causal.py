@@ -200,6 +200,8 @@ def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) 
         for trigger, name in ((observed, "inserted at the observed place"), (scattered, "inserted at random places"))
     )
     best = scattered if tests[1].effect_frac >= tests[0].effect_frac - 0.1 else observed
+    if best is scattered and placement != "relative":  # a place that an attacker chooses, not one among many
+        best = scattered.model_copy(update={"seen_at": placement})
     hits = probes.shown(probes.screen, observed)
     return Candidate(
         trigger=best,

@@ -23,11 +23,14 @@ class Trigger(Record):
     `random` scatters them at random word boundaries (Randomized Sequential Injection); `system` and `earlier` scatter
     them in a system message or an earlier turn of the user's instead. `polished` works them into fluent text; `style`,
     `syntax` and `scenario` rewrite the request without them: the manner is the trigger, and the units only name it.
+
+    `seen_at` is where a report held a trigger that was then found to work anywhere: it may work best there.
     """
 
     units: tuple[str, ...] = Field(min_length=1)
     placement: Placement = "random"
     position_frac: float = Field(default=0.0, ge=0.0, le=1.0)
+    seen_at: Placement | None = None
 
     @property
     def text(self) -> str:
