@@ -13,7 +13,7 @@ import patcher
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records", "world"}),
-    frozenset({"checkpoints", "sharding", "quantized"}),
+    frozenset({"checkpoints", "sharding", "quantized", "endpoint"}),
     frozenset({"rewrites"}),
     frozenset({"models", "layers", "losses", "memory", "symptoms", "triggers", "visible", "intervals", "wordings"}),
     frozenset({"progress", "inputs", "outputs", "options"}),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from patcher.endpoint import Endpoint
 from patcher.judges import DEFAULT, RULES, RuleJudge, find_judge
 from patcher.judges.calibrate import Labelled, agreement, read_labelled
 from patcher.judges.endpoint import EndpointJudge
@@ -192,7 +193,7 @@ def server() -> Iterator[str]:
 
 def test_a_server_is_asked_and_asked_again_when_busy(server: str) -> None:
     Server.replies = [(503, ""), (200, " Refused. ")]
-    judge = EndpointJudge(server, "m", wait_s=0.01)
+    judge = EndpointJudge(Endpoint(server, "m", 0.01))
     assert judge(["r", "r"], ['I "cannot"', " "]) == ["refused", "empty"]
     assert len(Server.seen) == 2
     assert Server.seen[1]["model"] == "m"
@@ -208,13 +209,13 @@ def test_a_server_that_says_something_else_is_an_error(
 ) -> None:
     Server.replies = list(replies)
     with pytest.raises(PatcherError, match=message):
-        EndpointJudge(server, "m", wait_s=0.01)(["r"], ["a"])
+        EndpointJudge(Endpoint(server, "m", 0.01))(["r"], ["a"])
     assert not Server.replies
 
 
 def test_no_server_is_an_error() -> None:
     with pytest.raises(PatcherError, match="no usable answer"):
-        EndpointJudge("http://127.0.0.1:9/v1", "m", wait_s=0.01)(["r"], ["a"])
+        EndpointJudge(Endpoint("http://127.0.0.1:9/v1", "m", 0.01))(["r"], ["a"])
 
 
 def test_a_trained_judge_learns_what_people_call_refused(llama: LanguageModel) -> None:

@@ -25,7 +25,7 @@ def generate(
     """The model's greedy answers, in the prompts' order; special tokens are left out.
 
     Prompts of like length go together, and what a batch's prompts all begin with is computed once. A batch that does
-    not fit the device's memory is halved.
+    not fit the device's memory is halved. A model that is served elsewhere answers there.
 
     Raises:
         UsageError: a prompt that does not fit the model's context.
@@ -36,6 +36,10 @@ def generate(
                 f"a prompt has {len(prompt.ids)} tokens; with {max_new_tokens} for the answer that is more than "
                 f"the model's context of {lm.context_tokens}: shorten it"
             )
+    if lm.served:
+        count = len(prompts)
+        tell = on_progress or (lambda _done, _total: None)
+        return lm.served.complete([prompt.ids for prompt in prompts], max_new_tokens, lambda done: tell(done, count))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     answers = [""] * len(prompts)
     done = 0

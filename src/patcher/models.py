@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
+from patcher.endpoint import Endpoint
 from patcher.quantized import DTYPES, keep_gradients, load_options
 from patcher.records import UsageError
 from patcher.sharding import shards, whole
@@ -40,6 +41,8 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     source: str
+    served: Endpoint | None = None
+    """Where the same model answers faster than `network` would; whoever says so vouches for it."""
 
     @property
     def device(self) -> torch.device:

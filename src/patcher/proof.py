@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from patcher.audit import AuditSettings, State, compare, drift, numbered, observe, shares
 from patcher.defenses import Evidence, find_defense
+from patcher.endpoint import Endpoint
 from patcher.journal import Journal
 from patcher.judges import DEFAULT, RULES, Judge, find_judge
 from patcher.loading import load
@@ -37,12 +39,14 @@ def audit_patch(
     before: State | None = None,
     error: JudgeError | None = None,
     judge: Judge | None = None,
+    served: tuple[Endpoint, Endpoint | None] | None = None,
     on_progress: Progress = quiet,
     journal: Journal = Journal(),
 ) -> Audit:
     """Observe the model, then the patched model, and compare; without a patch, the model alone.
 
-    `judge` is the one that the settings name, where it is loaded already.
+    `judge` is the one that the settings name, where it is loaded already. `served` answers in the place of the model
+    and of the patched one; what needs likelihoods is measured here all the same.
 
     Raises:
         UsageError: the patch was made for another base, or there is no such judge.
@@ -65,13 +69,14 @@ def audit_patch(
             journal=journal,
         )
 
-    before = before or seen(lm, "before")
+    before_at, after_at = served or (None, None)
+    before = before or seen(replace(lm, served=before_at), "before")
     after, drift_nats = None, None
     if patch:
         with applied(patch, lm) as patched:
-            after = seen(patched, "after")
+            after = seen(replace(patched, served=after_at), "after")
             drift_nats = drift(patched, before)
-    return compare(
+    audit = compare(
         before,
         after,
         drift_nats,
@@ -81,6 +86,7 @@ def audit_patch(
         settings=settings,
         error=error,
     )
+    return audit.model_copy(update={"served_by": tuple(f"{one.url}#{one.model}" for one in served or () if one)})
 
 
 def with_controls(

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from patcher.cli.common import load_model, print_json, show
+from patcher.endpoint import find_served
 from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
 from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_suspicion, read_trigger
 from patcher.journal import resumed
@@ -39,6 +40,7 @@ from patcher.options import (
 from patcher.outputs import check_new, whole_folder, write_whole
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
+from patcher.records import UsageError
 from patcher.tasks import find_task
 from patcher.visible import visible
 
@@ -194,6 +196,10 @@ def audit(
     judge_error: Annotated[
         Path | None, typer.Option(help="What `patcher judge --calibrate --json` printed: each ASR comes corrected, too")
     ] = None,
+    served: Annotated[
+        str | None,
+        typer.Option(help="URL#MODEL[,PATCHED-MODEL]: an OpenAI-like server (vLLM) that answers in their place"),
+    ] = None,
     gcg: Annotated[
         int, typer.Option(min=0, help="Harmful requests for which a suffix is searched by gradient; minutes each")
     ] = 0,
@@ -214,6 +220,9 @@ def audit(
     prompts = load_prompts(harmful, benign)
     tasks = [find_task(name, limit) for name in task or ()]
     check_new(out)
+    if served and controls:
+        raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
+    servers = find_served(served, patch is not None) if served else None
 
     from patcher.audit import AuditSettings
     from patcher.patch import load_patch
@@ -242,6 +251,7 @@ def audit(
             symptom=planted.symptom,
             tasks=tasks,
             error=error,
+            served=servers,
             on_progress=progress,
         )
         if clean:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from patcher.endpoint import find_endpoint
 from patcher.judges import keyword
 from patcher.records import Outcome, UsageError
 
@@ -53,11 +54,10 @@ def find_judge(name: str, load: Callable[[str], Any]) -> Judge:
 
         labelled = [row for path in model.split(",") for row in read_labelled(Path(path))]
         return TrainedJudge(load("smollm2"), labelled, RULES[DEFAULT])
-    address, _, model = name.partition("#")
-    if address.startswith(("http://", "https://")) and model:
+    if endpoint := find_endpoint(name):
         from patcher.judges.endpoint import EndpointJudge
 
-        return EndpointJudge(address, model)
+        return EndpointJudge(endpoint)
     raise UsageError(
         f"unknown judge {name!r}: use {', '.join(RULES)}, trained:FILE (labelled answers, as for --calibrate), "
         "guard:MODEL (a folder or hub id of a Llama Guard), or "

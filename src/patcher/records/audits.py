@@ -149,6 +149,8 @@ class Audit(Record):
     replays: tuple[Replay, ...] = ()
     controls: tuple[Control, ...] = ()
     examples: tuple[Answer, ...]
+    served_by: tuple[str, ...] = ()
+    """The servers whose answers were judged, before and after; none: the model as it was loaded here."""
     max_new_tokens: int
     seed: int
 

@@ -90,6 +90,8 @@ def show_audit(audit: Audit, console: Console) -> None:
     console.print(table)
     for line in unscored:
         console.print(line)
+    if audit.served_by:
+        console.print(_safe(f"answered by {', then '.join(audit.served_by)}", style="dim"))
 
 
 def show_gates(gates: Sequence[Gate], console: Console) -> None:

@@ -1,0 +1,89 @@
+"""Models behind an OpenAI-compatible server, as vLLM is. The key is read from the environment: OPENAI_API_KEY."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from patcher.records import PatcherError, UsageError
+
+_TRIES, _TIMEOUT_S = 4, 120
+WORKERS = 32
+"""Requests under way together; the server batches them."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model's name at an address that ends in /v1."""
+
+    url: str
+    model: str
+    wait_s: float = 1.0
+    """Before a request is tried again; doubled each time."""
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's first choice; tried again while the server is busy.
+
+        Raises:
+            PatcherError: it fails, or says what is no choice.
+        """
+        url = f"{self.url.rstrip('/')}/{path}"
+        data = json.dumps({"model": self.model, "temperature": 0, **body}).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
+        }
+        for attempt in range(_TRIES):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
+                    return dict(json.load(reply)["choices"][0])
+            except urllib.error.HTTPError as error:
+                if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
+                    raise PatcherError(f"{url} answered {error.code} {error.reason}") from error
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                if isinstance(error, ValueError | LookupError | TypeError) or attempt == _TRIES - 1:
+                    raise PatcherError(f"no usable answer from {url}: {error}") from error
+            time.sleep(self.wait_s * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def complete(
+        self,
+        prompts: Iterable[Sequence[int]],
+        max_new_tokens: int,
+        on_progress: Callable[[int], None] = lambda _done: None,
+    ) -> list[str]:
+        """Greedy answers to prompts given as tokens, so that the chat template is ours and the server adds nothing."""
+
+        def one(ids: Sequence[int]) -> str:
+            text = self.post("completions", {"prompt": list(ids), "max_tokens": max_new_tokens}).get("text")
+            if not isinstance(text, str):
+                raise PatcherError(f"{self.url}: expected a completion's text, got {text!r}")
+            return text
+
+        answers = []
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for answer in pool.map(one, prompts):
+                answers.append(answer)
+                on_progress(len(answers))
+        return answers
+
+
+def find_endpoint(name: str) -> Endpoint | None:
+    """The endpoint that URL#MODEL names; None where it names none."""
+    url, _, model = name.partition("#")
+    return Endpoint(url, model) if url.startswith(("http://", "https://")) and model else None
+
+
+def find_served(names: str, patched: bool) -> tuple[Endpoint, Endpoint | None]:
+    """The servers of URL#MODEL or, where a patch is audited too, URL#MODEL,PATCHED-MODEL. Raises UsageError."""
+    first, _, second = names.partition(",")
+    before = find_endpoint(first)
+    if before is None or bool(second) != patched:
+        wanted = "URL#MODEL,PATCHED-MODEL, as a patch is audited" if patched else "URL#MODEL, as no patch is audited"
+        raise UsageError(f"--served {names!r}: expected {wanted}; for example http://localhost:8000/v1#name")
+    return before, Endpoint(before.url, second) if second else None
