@@ -128,6 +128,13 @@ def test_the_hidden_folder_is_the_owners_alone(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_an_error_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError), resumed(tmp_path / "there" / "new" / "newer" / "out", "work", quiet):
+        raise ValueError
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
+
+
 def test_an_earlier_runs_pieces_are_told(tmp_path: Path) -> None:
     told: list[str] = []
 

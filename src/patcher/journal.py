@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,7 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
     known = folder / _WORK
     if folder.exists() and (not known.is_file() or known.read_text(encoding="utf-8") != _hash(work)):
         shutil.rmtree(folder)  # of another model, report or setting
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not known.exists():
         with whole(known) as part:
@@ -73,6 +74,9 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
         yield journal
     except Exception:
         shutil.rmtree(folder)  # it would only fail again
+        with suppress(OSError):  # others may have written there
+            for parent in made:
+                parent.rmdir()
         raise
     shutil.rmtree(folder)
 
