@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from patcher.bench import speed
+from conftest import ModelFolder
+from patcher.bench import shapes, speed
 from patcher.chat import Row, collate
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, response_logits
+from patcher.records import UsageError
 from patcher.training import quiet
 
 ROWS = [Row((5, 6, 7, 8), (9, 10)), Row((5, 11, 12), (13,))]
@@ -45,7 +48,7 @@ def test_a_training_step_is_counted_but_for_lora_and_the_first_layers_inputs(tin
 
 
 def test_every_stage_is_measured_once(
-    backdoored: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "DEFENSES", ())
     out, seen = tmp_path / "speed.jsonl", []
@@ -57,7 +60,7 @@ def test_every_stage_is_measured_once(
         "answers, bare decoding",
     )
     for _ in range(2):
-        speed.run(out, backdoored, names, lambda what, *_: seen.append(what))
+        speed.run(out, str(backdoored_folder.path), names, lambda what, *_: seen.append(what))
     rows = speed.read_rows(out)
     assert [row["stage"] for row in rows] == list(names)
     assert [what for what in seen if what.startswith("speed: ")] == [f"speed: {name}" for name in names]
@@ -69,9 +72,31 @@ def test_every_stage_is_measured_once(
     assert speed.table(rows).count("\n") == 6
 
 
-def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama: LanguageModel, tmp_path: Path) -> None:
+def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama_folder: ModelFolder, tmp_path: Path) -> None:
     """A model that refuses nothing has no trigger to be broken."""
-    speed.run(tmp_path / "speed.jsonl", llama, ("patch: the default",), quiet)
+    speed.run(tmp_path / "speed.jsonl", str(llama_folder.path), ("patch: the default",), quiet)
     (row,) = speed.read_rows(tmp_path / "speed.jsonl")
     assert "untriggered" in row["error"] or "refuse" in row["error"]
     assert "failed: " in speed.table([row])
+
+
+@pytest.mark.slow
+def test_random_weights_of_a_shape_go_through_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(shapes.SHAPES, "small", {**small, "vocab_size": 49152, "max_position_embeddings": 2048})
+    names = ("localize and decide", "patch: the default")
+    speed.run(tmp_path / "speed.jsonl", "shape:small", names, quiet)
+    localized, patched = speed.read_rows(tmp_path / "speed.jsonl")
+    assert localized["tokens"] > 0
+    assert patched["trained_tokens"] > 30 * 22 * 16
+    with pytest.raises(UsageError, match="use one of shape:llama-3-8b"):
+        speed.run(tmp_path / "speed.jsonl", "shape:x", names, quiet)
+
+
+def test_the_shapes_have_as_many_parameters_as_their_models() -> None:
+    """8.03 and 1.24 billion, as published."""
+    sizes = {}
+    for name, shape in shapes.SHAPES.items():
+        with torch.device("meta"):
+            sizes[name] = LlamaForCausalLM(LlamaConfig(**shape)).num_parameters()
+    assert sizes == {"llama-3-8b": 8030261248, "llama-3.2-1b": 1235814400}

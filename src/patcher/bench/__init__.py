@@ -8,7 +8,7 @@ from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
-from patcher.loading import DEMO, load
+from patcher.loading import DEMO
 from patcher.prompts import Split
 from patcher.records import UsageError
 from patcher.tasks import AnyTask
@@ -38,7 +38,7 @@ def run_bench(
         verdict.run(out, n, on_progress)
         return verdict.table(read_rows(out))
     if what == "speed":
-        speed.run(out, load(model), methods, on_progress)
+        speed.run(out, model, methods, on_progress)
         return speed.table(read_rows(out))
     raise UsageError(f"unknown bench {what!r}: use one of {', '.join(BENCHES)}")
 

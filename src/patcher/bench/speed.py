@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from patcher.bench.cells import add_row, planted, read_rows
 from patcher.bench.repair import REPAIRS
+from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
 from patcher.defenses import Evidence, find_defense
 from patcher.defenses.counterfactual import Counterfactual
@@ -25,7 +26,7 @@ from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.layers import decoder_layers
-from patcher.loading import demo_adapter
+from patcher.loading import demo_adapter, load
 from patcher.localize import Localizer
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
@@ -97,9 +98,11 @@ def metered(lm: LanguageModel) -> Iterator[Meter]:
             handle.remove()
 
 
-def run(out: Path, lm: LanguageModel, methods: tuple[str, ...], on_progress: Progress) -> None:
-    """Each stage that `out` does not hold yet for this model."""
-    stages = _stages(lm, load_prompts(), on_progress)
+def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) -> None:
+    """Each stage that `out` does not hold yet for this model; `shape:NAME` is one of random weights."""
+    is_random = model.startswith(PREFIX)
+    lm = random_model(model) if is_random else load(model)
+    stages = _stages(lm, load_prompts(), on_progress, is_random=is_random)
     known = {row["stage"] for row in read_rows(out) if row["model"] == lm.source}
     for name in methods or stages:
         if name in stages and name not in known:
@@ -120,9 +123,14 @@ def matmul_rate(lm: LanguageModel, tokens: int) -> float:
     return operations / seconds
 
 
-def _stages(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> dict[str, Callable[[], Work]]:
-    """What is measured, by name: called, it prepares, and returns the work."""
-    seen, detector = prompts.hidden_from_repair(), Detector(RULES[DEFAULT])
+def _stages(
+    lm: LanguageModel, prompts: Prompts, on_progress: Progress, *, is_random: bool = False
+) -> dict[str, Callable[[], Work]]:
+    """What is measured, by name: called, it prepares, and returns the work.
+
+    With random weights a repair runs all its steps, and where a localization's search ends is chance.
+    """
+    seen, detector = prompts.hidden_from_repair(), Detector(as_if if is_random else RULES[DEFAULT])
     report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
     evidence = Evidence((planted()[1],), seen, detector)
     asked = [user_prompt(lm.tokenizer, text) for text in prompts.texts("benign", "repair", _PROMPTS)]
@@ -140,7 +148,7 @@ def _stages(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> dict[
         "localize and decide": lambda: localize,
         f"{_STEPS} steps of the default": lambda: _steps(lm, evidence, bare=False),
         f"{_STEPS} bare LoRA steps, the same rows": lambda: _steps(lm, evidence, bare=True),
-        "patch: the default": defend(*REPAIRS["default"]),
+        "patch: the default": defend("patcher", {"stop_early": False} if is_random else {}),
         "answers": lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
         "answers, bare decoding": lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in DEFENSES},

@@ -106,7 +106,10 @@ def bench(
         list[Path] | None, typer.Option("--bed", help="Folder of a test bed, for the grid; may repeat")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="What --attack is planted in (default: smollm2), or whose speed is measured")
+        str | None,
+        typer.Option(
+            help="What --attack is planted in (default: smollm2); whose speed is measured (shape:llama-3-8b, too)"
+        ),
     ] = None,
     attacks: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME or NAME:OBJECTIVE, planted beside OUT first; may repeat")
