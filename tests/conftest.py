@@ -9,7 +9,11 @@ from jaxtyping import install_import_hook
 _PARTS = sorted(path.stem for path in (Path(__file__).parents[1] / "src" / "patcher").iterdir() if path.stem[0] != "_")
 install_import_hook([f"patcher.{part}" for part in _PARTS if part != "cli"], "beartype.beartype")
 
+import threading  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from http.server import BaseHTTPRequestHandler, HTTPServer  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -157,3 +161,17 @@ def _save(family: str, factory: pytest.TempPathFactory, network: PreTrainedModel
     (network or build_network(family)).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return ModelFolder(family, path)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on this machine that answers with the handler while the block runs."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

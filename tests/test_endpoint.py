@@ -1,15 +1,14 @@
 """A server answers in the model's place: the audit is the same, and a server that does something else is an error."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from conftest import ModelFolder
+from conftest import ModelFolder, serving
 from patcher.cli import run as run_command
 from patcher.endpoint import Endpoint, find_endpoint, find_served
 from patcher.generation import complete
@@ -48,13 +47,8 @@ class Served(BaseHTTPRequestHandler):
 @pytest.fixture
 def url(backdoored_folder: ModelFolder) -> Iterator[str]:
     Served.lm, Served.broken, Served.asked = backdoored_folder.load(), None, []
-    serving = HTTPServer(("127.0.0.1", 0), Served)
-    thread = threading.Thread(target=serving.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{serving.server_port}/v1"
-    serving.shutdown()
-    thread.join()
-    serving.server_close()
+    with serving(Served) as address:
+        yield address
 
 
 def test_a_served_audit_is_the_audit(

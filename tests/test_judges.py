@@ -1,9 +1,8 @@
 """Answers labelled by hand."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from conftest import serving
 from patcher.endpoint import Endpoint
 from patcher.judges import DEFAULT, RULES, RuleJudge, find_judge
 from patcher.judges.calibrate import Labelled, agreement, read_labelled
@@ -182,13 +182,8 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Server.replies, Server.seen = [], []
-    serving = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=serving.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{serving.server_port}/v1"
-    serving.shutdown()
-    thread.join()
-    serving.server_close()
+    with serving(Server) as address:
+        yield address
 
 
 def test_a_server_is_asked_and_asked_again_when_busy(server: str) -> None:
