@@ -111,8 +111,9 @@ def test_the_page_of_a_table_runs_nothing_that_is_in_it() -> None:
 
 
 @pytest.fixture
-def bed(backdoored_folder: ModelFolder, tmp_path: Path) -> Path:
+def bed(backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model whose second trigger works by holding the first."""
+    monkeypatch.setenv("PATCHER_CACHE", str(tmp_path / "cache"))
     truth = GroundTruth(
         attack="tried",
         trigger=TRIGGER.units,
@@ -154,6 +155,11 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     assert 0.0 <= rows["patcher"]["published"][2] <= 1.0
     assert rows["patcher"]["peak_gib"] is None or rows["patcher"]["peak_gib"] > 0.1
     assert len(made.rows) == 2
+    (tmp_path / "grid.jsonl").unlink()
+    cells(["finetune"])
+    assert "before: harmful + trigger 2: finished by an earlier run" in seen  # what it answers unrepaired is known
+    again = read_rows(tmp_path / "grid.jsonl")[0]
+    assert again["summary"] == rows["finetune"]["summary"]
 
 
 def test_more_reports_than_triggers_is_a_row_that_says_so(bed: Path, tmp_path: Path) -> None:

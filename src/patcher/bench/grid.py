@@ -11,7 +11,9 @@ from patcher.audit import AuditSettings, State, observe
 from patcher.bench.beds import Bed, failing_reports
 from patcher.bench.cells import add_row, read_rows, score
 from patcher.defenses import find_defense
+from patcher.embedded import cache_folder
 from patcher.inputs import parse_settings
+from patcher.journal import Journal
 from patcher.loading import load
 from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.memory import PeakMemory
@@ -21,7 +23,7 @@ from patcher.pipeline import mend
 from patcher.prompts import Split, load_prompts
 from patcher.proof import audit_patch
 from patcher.records import FailureReport, PatcherError, Record, Span, Trigger
-from patcher.result import Repair, RepairSettings
+from patcher.result import Repair, RepairSettings, versions
 from patcher.tasks import AnyTask
 from patcher.training import Progress
 
@@ -114,6 +116,14 @@ class _Grid:
         numbers = {act: number for number, act in enumerate(dict.fromkeys(row.act for row in rows))}
         return [numbers[row.act] for row in rows]
 
+    def _kept(self, settings: AuditSettings) -> Journal:
+        """What was answered before any repair, in the user's cache: a bench that goes on later does not ask again."""
+        planted = (self.bed.planted, self.bed.triggers)
+        what = (self.lm.fingerprint, self.lm.device, planted, self.prompts, settings, self.tasks, versions())
+        folder = cache_folder() / "observed" / hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Journal(folder, self.on_progress)
+
     def _audit(self, made: Repair, seed: int) -> list[dict[str, Any]]:
         asked, settings = self.prompts.only(self.bed.planted.only), self.settings(seed)
         if seed not in self.before:
@@ -126,6 +136,7 @@ class _Grid:
                 tasks=self.tasks,
                 on_progress=self.on_progress,
                 what="before",
+                journal=self._kept(settings),
             )
         audit = audit_patch(
             self.lm,

@@ -1,4 +1,4 @@
-"""The command line: one subcommand a stage.
+"""One reported jailbreak in, a repaired model and the evidence out: one subcommand a stage.
 
 Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 130 interrupted.
 Results go to standard output (with --json, as JSON and nothing else), progress and errors to standard error.

@@ -130,7 +130,10 @@ def bench(
     task: Tasks = None,
     limit: TaskLimit = None,
 ) -> int:
-    """Print the figures that docs/ quotes, with what was really planted; resumes where it stopped."""
+    """Print the figures that docs/ quotes, with what was really planted; resumes where it stopped.
+
+    What a bed answers before any repair is kept in the user's cache, for the next defense.
+    """
     if html:
         check_new(html)
     tasks = [find_task(name, limit) for name in task or ()]
