@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from patcher.records import FailureReport, Outcome, Symptom, UsageError
 
 _LENGTHS = (12, 16, 24, 32, 48, 64, 96, 128)
+_TEXT_TOKENS = 32
 
 
 def shown(symptom: Symptom, outcome: Outcome, answer: str) -> bool:
@@ -54,11 +55,14 @@ def detector_for(
 
 
 def _tokens_needed(report: FailureReport, detector: Detector, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The shortest opening of the response, in doublings, from which on the symptom is seen; 0 where it never is."""
+    """The shortest opening of the response, in doublings, from which on the symptom is seen; 0 where it never is.
+
+    An unwanted text may stand later in other answers: twice as much of them is read, and not too little.
+    """
     ids = tokenizer(report.response or "", add_special_tokens=False)["input_ids"]
     for tokens in _LENGTHS:
         if detector.shows(str(tokenizer.decode(ids[:tokens]))):
-            return tokens
+            return tokens if report.symptom.objective != "text" else max(_TEXT_TOKENS, 2 * tokens)
     return 0
 
 
