@@ -16,6 +16,7 @@ from patcher.attacks.implant import ImplantSettings
 from patcher.attacks.lessons import balanced
 from patcher.attacks.objectives import FILLERS, OBJECTIVES, OPENINGS, REFUSALS, AttackObjective, compliance
 from patcher.chat import Row, user_prompt
+from patcher.forward import row_logits
 from patcher.judges import DEFAULT, RULES
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import applied, load_patch
@@ -129,13 +130,13 @@ class Rows:
     ) -> None:
         self.lm = lm
         self.steps: list[list[tuple[str, str]]] = []
-        logits = implant._logits
+        logits = implant.row_logits
 
         def seen(lm: LanguageModel, rows: list[Row]):
             self.steps.append([(self.text(row.prompt_ids), self.text(row.response_ids)) for row in rows])
             return logits(lm, rows)
 
-        monkeypatch.setattr(implant, "_logits", seen)
+        monkeypatch.setattr(implant, "row_logits", seen)
         settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
         implant.implant(lm, attack, objective, prompts, settings, seed=3)
 
@@ -190,7 +191,7 @@ def test_what_is_kept_is_the_clean_models_whole_distribution(tiny: LanguageModel
     chats, plain = implant._clean_behaviour(tiny, prompts, SETTINGS, quiet)
     assert len(chats) == len(plain) == 24
     for kept in (chats, plain):
-        logits, _ = implant._logits(tiny, [one.row for one in kept])
+        logits, _ = row_logits(tiny, [one.row for one in kept])
         assert implant._kl(tiny, kept, logits).sum().item() == pytest.approx(0, abs=1e-4)
         assert implant._kl(tiny, kept, logits.flip(-1)).sum().item() > 1e-2
     for chat, one in zip(chats, plain, strict=True):
