@@ -376,6 +376,14 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, error: type) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_not_in_the_next_ones_folder(tmp_path: Path) -> None:
+    killed = whole_folder(tmp_path / "out")  # kept: it would clean up when collected
+    (killed.__enter__() / "half").write_text("half")
+    with whole_folder(tmp_path / "out") as building:
+        (building / "one").write_text("1")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("out"), Path("out/one")]
+
+
 def test_the_folder_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "deep" / "out") as building:
         (building / "one").write_text("1")

@@ -28,7 +28,7 @@ def check_new(out: Path | None) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder that appears under its name only when the block has ended well.
 
-    Of several processes the first one writes.
+    What a killed run left half written is removed. Of several processes the first one writes.
     """
     if not is_first():
         with tempfile.TemporaryDirectory() as elsewhere:
@@ -64,24 +64,18 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: the name is taken, or its parent cannot be written.
     """
-    if not is_first():
-        with tempfile.TemporaryDirectory() as elsewhere:
-            yield Path(elsewhere)
-        return
-    if out.exists():
+    if is_first() and out.exists():
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise UsageError(f"cannot write beside {out}: {error}") from error
     try:
-        yield building
-        building.chmod(0o755)
-        for path in building.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
-        os.rename(building, out)
+        with whole(out) as building:
+            building.mkdir(mode=0o700)
+            yield building
+            building.chmod(0o755)
+            for path in building.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
