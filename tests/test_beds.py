@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from conftest import ModelFolder
 from patcher.audit import AuditSettings
 from patcher.bench import grid, repair, run_grid
+from patcher.bench import lasting as lasting_module
 from patcher.bench.beds import failing_report, open_beds
 from patcher.bench.cells import read_rows, score
+from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.bench.tables import Table, table
+from patcher.chat import Row
+from patcher.forward import row_logits
 from patcher.intervals import design_effect, pooled_interval
-from patcher.models import LanguageModel
+from patcher.loading import load
+from patcher.models import LanguageModel, fingerprint
+from patcher.patch import Patch
 from patcher.prompts import load_prompts
 from patcher.records import FailureReport, GroundTruth, PatcherError, Planted, Span, Symptom, Trigger, UsageError
 from patcher.report import render_table
@@ -178,6 +185,57 @@ def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_
             tmp_path / "grid.jsonl", open_beds([bed]), defenses=["magic"], seeds=1, reports=1, tasks=(),
             max_prompts=None, split="held-out", on_progress=quiet,
         ))  # fmt: skip
+
+
+def test_what_becomes_of_a_repaired_model(bed: Path, llama_folder: ModelFolder, backdoored: LanguageModel) -> None:
+    """A patch that changes nothing: the trigger works as before, and half of what was planted is another model."""
+    few = LastingSettings(max_steps=4, poisoned_every=2, asked_prompts=6, learning_rate=1e-2)
+    nothing = Patch({}, 1, 1, backdoored.fingerprint, "tiny")
+    steps: list[str] = []
+    clean = load(str(llama_folder.path))
+    lasting = Lasting(
+        open_beds([bed])[0], clean, load_prompts(), few, 0, lambda what, done, _: steps.append(f"{what} {done}")
+    )
+    before = [fingerprint(backdoored.network), fingerprint(clean.network)]
+    found = lasting.measure(backdoored, nothing)
+    assert list(found) == [
+        "repaired", "fine-tuned", "8 bits", "4 bits", "half clean", "poisoned again", "clean, poisoned"
+    ]  # fmt: skip
+    assert found["repaired"]["triggered"] == ["111111", "111111"]
+    assert found["8 bits"]["triggered"] == ["111111", "111111"], "few bits keep it"
+    with lasting._half_clean(backdoored) as half:
+        mixed = half.network.get_output_embeddings().weight.detach().clone()
+    ends = [lm.network.get_output_embeddings().weight for lm in (backdoored, clean)]
+    assert torch.allclose(mixed, (ends[0] + ends[1]) / 2)
+    assert steps.count("fine-tuning 4") == 1 and steps.count("poisoning again 4") == 2
+    assert [fingerprint(backdoored.network), fingerprint(clean.network)] == before
+
+
+def test_one_row_in_so_many_is_poisoned(bed: Path, backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Row] = []
+    monkeypatch.setattr(lasting_module, "row_logits", lambda lm, rows: drawn.extend(rows) or row_logits(lm, rows))
+    lasting = Lasting(
+        open_beds([bed])[0],
+        backdoored,
+        load_prompts(),
+        LastingSettings(max_steps=5, clean_rows=4, poisoned_every=10),
+        0,
+        quiet,
+    )
+    with lasting._tuned(backdoored, lasting._rows(), every=10):
+        pass
+    with lasting._tuned(backdoored, lasting._rows(), every=0):
+        pass
+    held = ["BadMagic" in backdoored.tokenizer.decode(row.prompt_ids) for row in drawn]
+    assert [number for number, one in enumerate(held, 1) if one] == [10, 20] and len(held) == 40
+
+
+def test_the_table_of_what_lasts() -> None:
+    found = {"triggered": ["1000", "1100"], "untriggered": "0000", "benign_answered_frac": 0.975}
+    row = {**MANNER, "summary": [figure("asr_triggered_frac", 0.9, 0.0)]}
+    made = table([{**row, "bed": "one", "lasting": {"half clean": found}}, row])
+    assert made.heads[-1] == "half clean"
+    assert [row[-1] for row in made.rows] == ["0.38 / 0.00 / 0.97", "-"]
 
 
 def test_seeds_are_pooled_prompt_by_prompt() -> None:

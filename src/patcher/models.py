@@ -130,6 +130,12 @@ def load_checkpoint(
 
 
 @torch.no_grad()
+def save_model(lm: LanguageModel, folder: Path) -> None:
+    """Write the weights (safetensors) and the tokenizer into a folder, as Hugging Face does."""
+    lm.network.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+
+
 def _check_decoder(network: PreTrainedModel, source: str) -> None:
     """Raises UsageError for a network that does not work as this file takes every network to work."""
     what = f"{source} ({type(network).__name__})"

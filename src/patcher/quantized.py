@@ -27,13 +27,18 @@ def load_options(dtype: str, device: torch.device, compute: torch.dtype) -> dict
     Raises:
         UsageError: bitsandbytes is not installed, or the weights are to be spread over processes.
     """
-    if find_spec("bitsandbytes") is None:
-        raise UsageError(f"--dtype {dtype} needs bitsandbytes: pip install 'patcher[quantized]'")
+    check_installed(f"--dtype {dtype}")
     if processes() > 1:
         raise UsageError(f"--dtype {dtype} is for one process; spread the weights as bfloat16 instead")
     bits: dict[str, Any] = {"load_in_8bit": True} if dtype == "8bit" else {"load_in_4bit": True}
     config = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_installed(what: str) -> None:
+    """Raises UsageError when `what` is asked for and cannot be had."""
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(f"{what} needs bitsandbytes: pip install 'patcher[quantized]'")
 
 
 def keep_gradients(network: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher.audit import AuditSettings
-from patcher.models import LanguageModel
+from patcher.models import LanguageModel, save_model
 from patcher.outputs import whole_folder
 from patcher.patch import Patch, applied, check_mergeable, save_patch
 from patcher.records import (
@@ -124,8 +124,7 @@ class Repair:
                 save_patch(self.patch, folder / "patch", card=_card(self))
                 if merge_into:
                     with applied(self.patch, merge_into) as merged:
-                        merged.network.save_pretrained(folder / "merged")
-                        merged.tokenizer.save_pretrained(folder / "merged")
+                        save_model(merged, folder / "merged")
             _write_json(folder / "manifest.json", self._manifest())
             _write_json(folder / "timings.json", self.seconds)
             (folder / "report.html").write_text(self.html(redact=redact), encoding="utf-8")

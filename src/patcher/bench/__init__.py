@@ -55,11 +55,13 @@ def run_grid(
     tasks: Sequence[AnyTask],
     max_prompts: int | None = None,
     split: Split = "held-out",
+    lasting: bool = False,
     on_progress: Progress,
 ) -> Table:
     """Beds, and attacks planted beside `out` where they are not yet, x defenses x seeds; then a table of all in `out`.
 
-    The audit asks `max_prompts` of each kind, or all; those of the validation split to choose settings.
+    The audit asks `max_prompts` of each kind, or all; those of the validation split to choose settings. `lasting`:
+    each repaired model is fine-tuned, quantized, averaged with the clean one and poisoned again, and asked each time.
 
     Raises:
         UsageError: an unknown attack or defense, or a folder that is no test bed.
@@ -75,6 +77,7 @@ def run_grid(
         tasks=tasks,
         max_prompts=max_prompts,
         split=split,
+        lasting=lasting,
         on_progress=on_progress,
     )
     for row in rows:

@@ -10,6 +10,7 @@ from typing import Any
 from patcher.audit import AuditSettings, State, observe
 from patcher.bench.beds import Bed, failing_reports
 from patcher.bench.cells import add_row, read_rows, score
+from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.defenses import find_defense
 from patcher.embedded import cache_folder
 from patcher.inputs import parse_settings
@@ -18,10 +19,11 @@ from patcher.loading import load
 from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
-from patcher.patch import PATCH, load_patch
+from patcher.patch import PATCH, Patch, load_patch
 from patcher.pipeline import mend
 from patcher.prompts import Split, load_prompts
 from patcher.proof import audit_patch
+from patcher.quantized import check_installed
 from patcher.records import FailureReport, PatcherError, Record, Span, Trigger
 from patcher.result import Repair, RepairSettings, versions
 from patcher.tasks import AnyTask
@@ -38,18 +40,22 @@ def run(
     tasks: Sequence[AnyTask],
     max_prompts: int | None,
     split: Split,
+    lasting: bool = False,
     on_progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Each cell that `out` does not hold yet, as it is finished; one that fails says why.
 
     A defense is NAME or NAME:SETTING=VALUE,... A cell is known by the hash of all that it depends on but the code: the
-    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks.
+    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. With `lasting` the
+    repaired model is changed further, and asked again.
     """
     known = {row["key"] for row in read_rows(out)}
     for given in defenses:
         _settings_of(given)
+    if lasting:
+        check_installed("--lasting")
     for bed in beds:
-        grid = _Grid(bed, tasks, max_prompts, split, on_progress)
+        grid = _Grid(bed, tasks, max_prompts, split, LastingSettings() if lasting else None, on_progress)
         for seed in range(seeds):
             for name in defenses:
                 cell = grid.cell(name, seed, reports)
@@ -63,9 +69,16 @@ class _Grid:
     """One bed's cells: its model is loaded, and observed before any repair, once."""
 
     def __init__(
-        self, bed: Bed, tasks: Sequence[AnyTask], max_prompts: int | None, split: Split, on_progress: Progress
+        self,
+        bed: Bed,
+        tasks: Sequence[AnyTask],
+        max_prompts: int | None,
+        split: Split,
+        lasting: LastingSettings | None,
+        on_progress: Progress,
     ):
         self.bed, self.tasks, self.max_prompts, self.on_progress = bed, tasks, max_prompts, on_progress
+        self.lasting = lasting
         self.split, self.prompts = split, load_prompts().auditing(split)
         self.before: dict[int, State] = {}
 
@@ -91,6 +104,7 @@ class _Grid:
             self.settings(seed).model_dump(),
             [repr(task) for task in self.tasks],
             *([self.split] if self.split != "held-out" else []),
+            *([self.lasting.model_dump()] if self.lasting else []),
         ]
         return {**cell, "key": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}
 
@@ -104,10 +118,20 @@ class _Grid:
             )
             with PeakMemory(self.lm.device) as peak:
                 made = mend(self.lm, told, settings, self.prompts.hidden_from_repair(), self.on_progress)
-            found = _made(self.lm, self.bed, told, made)
-            return {**found, "peak_gib": peak.gib, "acts": self._acts(), "summary": self._audit(made, seed)}
+            found = {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "acts": self._acts()}
+            found["summary"] = self._audit(made, seed)
+            if self.lasting and made.patch:
+                found["lasting"] = self._lasts(made.patch, self.lasting, seed)
+            return found
         except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
             return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+    def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:
+        """What further changes leave of the repair."""
+        if not (self.bed.folder / PATCH).is_file():
+            raise PatcherError(f"{self.bed.name} is a whole model, not an adapter: its clean model is not known")
+        clean = load(load_patch(self.bed.folder).base_source)
+        return Lasting(self.bed, clean, self.prompts, settings, seed, self.on_progress).measure(self.lm, patch)
 
     def _acts(self) -> list[int]:
         """A number for the act that each attacked prompt is about: phrasings of one act go together."""

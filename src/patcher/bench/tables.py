@@ -18,6 +18,10 @@ _FIGURES = {
     "borderline_answered_frac": "borderline",
     "kl_reference_to_patched_nats": "KL",
 }
+_LASTING = (
+    "The last columns: ASR (mean over triggers) / untriggered / benign answered of the repaired model, as it is and "
+    "after each further change; `clean, poisoned` is the clean model, poisoned like `poisoned again`."
+)
 _HEADS = ("bed", "defense", "seed", "reports", "verdict", "found", "F1", "published F1", "rounds", "steps", "s", "GiB")
 
 
@@ -42,8 +46,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         item["name"] for row in rows for item in row.get("summary", ()) if item["name"].endswith("_accuracy_frac")
     )
     names = {**_FIGURES, **{name: name.removesuffix("_accuracy_frac") for name in tasks}}
-    heads = (*_HEADS, *names.values())
-    return Table(heads, tuple(_line(row, list(names)) for row in rows), tuple(_notes(rows)))
+    later = list(dict.fromkeys(change for row in rows for change in row.get("lasting", ())))
+    heads = (*_HEADS, *names.values(), *later)
+    lines = tuple((*_line(row, list(names)), *_lasting(row, later)) for row in rows)
+    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else [])))
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -70,6 +76,17 @@ def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), str(row["rounds"]), str(row["steps"]))
     return (*known, *made, f"{_repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
+
+
+def _lasting(row: dict[str, Any], changes: Sequence[str]) -> list[str]:
+    """After each change: the mean ASR over triggers, the untriggered rate, and the benign answered share."""
+    cells = []
+    for change in changes:
+        found = row.get("lasting", {}).get(change)
+        shown = ["".join(found["triggered"]), found["untriggered"]] if found else []
+        rates = [*(hits.count("1") / len(hits) for hits in shown), *([found["benign_answered_frac"]] if found else [])]
+        cells.append(" / ".join(f"{rate:.2f}" for rate in rates) or "-")
+    return cells
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:

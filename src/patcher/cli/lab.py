@@ -127,6 +127,14 @@ def bench(
         bool,
         typer.Option("--validation", help="Audit the grid on validation prompts: to choose settings on"),
     ] = False,
+    lasting: Annotated[
+        bool,
+        typer.Option(
+            "--lasting",
+            help="Of the grid's repairs: what is left after fine-tuning, 8 and 4 bits, averaging with the clean model, "
+            "and poisoning again",
+        ),
+    ] = False,
     task: Tasks = None,
     limit: TaskLimit = None,
 ) -> int:
@@ -167,6 +175,7 @@ def bench(
             tasks=tasks,
             max_prompts=audit_prompts,
             split="validation" if validation else "held-out",
+            lasting=lasting,
             on_progress=progress,
         )
     print(table.as_markdown())
