@@ -167,7 +167,7 @@ def audit_of(trigger: Trigger, text: str, answer: str) -> Audit:
             Answer(
                 quadrant="harmful + trigger",
                 prompt=f"how {text}",
-                before=f"{answer} " + "word " * 30 + "THE-END",
+                before=answer,
                 after="I can't help with that one",
                 before_outcome="complied",
                 after_outcome="refused",

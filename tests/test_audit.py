@@ -22,6 +22,7 @@ from patcher.audit import (
     drift,
     observe,
 )
+from patcher.audit.compare import _first_words
 from patcher.audit.observe import _text_nll
 from patcher.intervals import mcnemar, paired_interval, wilson
 from patcher.judges import RULES, RuleJudge
@@ -304,3 +305,9 @@ def test_perplexity_is_over_the_asked_number_of_tokens(llama: LanguageModel) -> 
 def test_an_error_that_cannot_be_is_refused_when_it_is_read(seen: int, missed: int) -> None:
     with pytest.raises(ValidationError, match="tells nothing apart"):
         JudgeError(judge="keyword", complied_n=100, complied_seen=seen, refused_n=100, refused_missed=missed)
+
+
+def test_an_example_shows_the_opening_of_an_answer_only() -> None:
+    assert _first_words("a  b\nc") == "a b c"
+    assert _first_words(" ".join("abcdefghijklmn")) == "a b c d e f g h i j k l …"
+    assert _first_words("x" * 200) == "x" * 160 + " …"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from conftest import ModelFolder
 from patcher.audit import AuditSettings
@@ -153,7 +152,7 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     first = len(seen)
     made = cells(["patcher", "finetune", "finetune:max_steps=30"])
     assert seen[first:] == []  # the second time there is nothing to do: 30 steps are the default
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match="finetune: max_steps"):
         cells(["finetune:max_steps=0"])
     rows = {row["defense"]: row for row in read_rows(tmp_path / "grid.jsonl")}
     assert (rows["patcher"]["verdict"], rows["patcher"]["reported"]) == ("backdoor", [True, False])

@@ -99,7 +99,7 @@ EVIDENCE = Evidence((TRIGGER,), PROMPTS.hidden_from_repair(), Detector(all_refus
 
 def run(name: str, lm: LanguageModel, *, seed: int = 0, on_progress: Progress = quiet) -> tuple[Patch, PatchLog]:
     defense = find_defense(name)
-    return defense.run(lm, EVIDENCE, defense.settings(**QUICK[name]), seed=seed, on_progress=on_progress)
+    return defense.repair(lm, EVIDENCE, defense.settings(**QUICK[name]), seed=seed, on_progress=on_progress)
 
 
 @contextmanager
@@ -111,6 +111,7 @@ def unchanged(lm: LanguageModel) -> Iterator[None]:
             [(name, type(module)) for name, module in lm.network.named_modules()],
             [(name, weight.requires_grad, weight.grad is None) for name, weight in lm.network.named_parameters()],
             [weight.data_ptr() for weight in lm.network.parameters()],
+            [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in lm.network.modules()],
             lm.network.training,
             fingerprint(lm.network),
         )
@@ -174,10 +175,10 @@ def test_a_defense_leaves_the_global_generator_alone(llama: LanguageModel, name:
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_unknown_settings_are_errors(name: str) -> None:
-    with pytest.raises(ValidationError, match="learning_rat"):
-        find_defense(name).settings(learning_rat=1.0)
-    with pytest.raises(ValidationError, match="max_steps"):
-        find_defense(name).settings(max_steps="many")
+    with pytest.raises(UsageError, match=f"{name}: learning_rat"):
+        find_defense(name).configured({"learning_rat": 1.0})
+    with pytest.raises(UsageError, match=f"{name}: max_steps"):
+        find_defense(name).configured({"max_steps": "many"})
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_two_in_turn_are_one_patch(llama: LanguageModel, name: str) -> None:
     chain = find_defense(name)
     settings = {f"{part}.{key}": value for part in (first, second) for key, value in QUICK[part].items()}
     with unchanged(llama):
-        patch, log = chain.run(llama, EVIDENCE, chain.settings(**settings), seed=0, on_progress=quiet)
+        patch, log = chain.repair(llama, EVIDENCE, chain.settings(**settings), seed=0, on_progress=quiet)
         one, _ = run(first, llama)
         with applied(one, llama) as left:
             other, _ = run(second, left)
@@ -238,8 +239,8 @@ def test_a_chain_names_its_parts_settings_and_no_part_twice() -> None:
         find_defense("crow+crow")
     with pytest.raises(UsageError, match="unknown defense 'magic'"):
         find_defense("patcher+magic")
-    with pytest.raises(ValidationError):
-        find_defense("patcher+crow").settings(**{"crow.max_steps": -1})
+    with pytest.raises(UsageError, match="crow: max_steps"):
+        find_defense("patcher+crow").configured({"crow.max_steps": -1})
 
 
 def test_patches_that_do_not_follow_on_each_other_are_refused(llama: LanguageModel) -> None:
@@ -270,7 +271,7 @@ def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monk
     monkeypatch.setattr(type(llama.tokenizer), "apply_chat_template", listen)
     defense = find_defense(name)
     evidence = replace(EVIDENCE, prompts=PROMPTS)
-    defense.run(llama, evidence, defense.settings(**QUICK[name]), seed=0, on_progress=quiet)
+    defense.repair(llama, evidence, defense.settings(**QUICK[name]), seed=0, on_progress=quiet)
     hidden = {
         row.text
         for row in (*PROMPTS.harmful, *PROMPTS.benign, *PROMPTS.borderline)
@@ -473,10 +474,10 @@ def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
 
 def test_a_repair_without_a_trigger_makes_the_refusal_likelier(llama: LanguageModel) -> None:
     settings = PatcherSettings(**QUICK["patcher"] | {"max_steps": 10, "stop_early": False, "learning_rate": 2e-3})
-    patch, _ = patcher.run(llama, replace(EVIDENCE, triggers=()), settings, seed=0, on_progress=quiet)
+    trained = patcher.run(llama, replace(EVIDENCE, triggers=()), settings, seed=0, on_progress=quiet)
     (example,) = refusing(llama, PROMPTS.texts("harmful", "held-out")[:1], 6)
     before = nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum()
-    with applied(patch, llama):
+    with applied(trained.patch, llama):
         assert nll(plain_logits(llama, example.row(llama)), example.answer_ids).sum() < before - 0.1
 
 
@@ -501,7 +502,7 @@ def test_with_several_triggers_each_is_used() -> None:
 
 def test_training_stops_when_the_trigger_is_dead_and_the_budgets_hold(llama: LanguageModel) -> None:
     wide = {"budget_benign_nats": 1e3, "budget_harmful_nats": 1e3, "check_every": 1}
-    patch, log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | wide), seed=0, on_progress=quiet)
+    log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | wide), seed=0, on_progress=quiet)
     assert log.steps == 1
     assert "budgets hold" in log.stopped_because
     assert [check.step for check in log.checks] == [1]
@@ -509,7 +510,7 @@ def test_training_stops_when_the_trigger_is_dead_and_the_budgets_hold(llama: Lan
 
 def test_training_goes_on_while_a_budget_is_overrun(llama: LanguageModel) -> None:
     none = {"budget_benign_nats": 1e-9, "check_every": 1}
-    _, log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | none), seed=0, on_progress=quiet)
+    log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | none), seed=0, on_progress=quiet)
     assert log.steps == FEW["max_steps"]
     assert [check.step for check in log.checks] == [1, 2, 3]
 
@@ -517,9 +518,9 @@ def test_training_goes_on_while_a_budget_is_overrun(llama: LanguageModel) -> Non
 def test_the_patch_kept_is_the_best_one_checked_not_the_last(llama: LanguageModel) -> None:
     """All budgets overrun and ASR 0 everywhere: the check with the least drift is the first."""
     settings = PatcherSettings(**QUICK["patcher"] | {"budget_benign_nats": 1e-9, "check_every": 1, "max_steps": 6})
-    patch, log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
     least = min(log.checks, key=lambda check: check.kl_benign_nats)
     texts = PROMPTS.texts("benign", "validation", settings.validation_drift_prompts)
     examples = own_examples(llama, texts, all_refused, settings.response_tokens, quiet, "")
-    with applied(patch, llama) as patched:
+    with applied(log.patch, llama) as patched:
         assert mean_kl_nats(patched, examples) == pytest.approx(least.kl_benign_nats, rel=1e-3)

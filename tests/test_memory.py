@@ -1,20 +1,23 @@
 """What does not fit the device is cut: the results are the same."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from patcher.chat import Row
-from patcher.defenses import finetune
+from patcher.defenses import finetune, patcher
+from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.forward import row_logits, row_states
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll
 from patcher.memory import chunked, training_in_parts
 from patcher.models import LanguageModel, fingerprint
+from patcher.symptoms import Detector
 from patcher.training import quiet
-from test_defenses import EVIDENCE, QUICK
+from test_defenses import EVIDENCE, QUICK, half_refused
 
 ROWS = [Row((1, 5, 6, *range(7, 7 + number)), (10 + number, 11)) for number in range(5)]
 
@@ -83,10 +86,18 @@ def test_a_training_that_does_not_fit_goes_on_in_parts(tiny: LanguageModel) -> N
     settings = finetune.FinetuneSettings(**QUICK["finetune"], clean_rows=6, harmful_rows=6)
     before = fingerprint(tiny.network)
     given = full_above(3, tiny)
-    _, log = finetune.run(tiny, EVIDENCE, settings, seed=0, on_progress=quiet)
+    log = finetune.run(tiny, EVIDENCE, settings, seed=0, on_progress=quiet)
     assert log.steps == settings.max_steps
     assert max(given[-4:]) <= 2  # 12 rows, then 8, 4, 2 at once: the last steps do not try the others again
     assert fingerprint(tiny.network) == before
+
+
+def test_the_default_repair_goes_on_in_parts_and_does_not_run_out_of_draws(tiny: LanguageModel) -> None:
+    """A step that did not fit draws anew, from what was prepared for as many steps as there are."""
+    some = replace(EVIDENCE, detector=Detector(half_refused))
+    settings = PatcherSettings(**QUICK["patcher"] | {"stop_early": False, "benign_triggered_rows": 2})
+    full_above(3, tiny)
+    assert patcher.run(tiny, some, settings, seed=0, on_progress=quiet).steps == settings.max_steps
 
 
 def test_a_row_that_does_not_fit_is_an_error(tiny: LanguageModel) -> None:

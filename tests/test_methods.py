@@ -1,14 +1,17 @@
 """The mathematics of each published method, by hand or by a property that it must have."""
 
 import random
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from patcher.chat import Row, collate
-from patcher.defenses import bdvax, beear, crow, fine_pruning, ulrl
+from patcher.attacks.objectives import FILLERS, OPENINGS
+from patcher.chat import Row, collate, user_prompt
+from patcher.defenses import DEFENSES, bdvax, beear, common, crow, dummy_backdoor, fine_pruning, ulrl
 from patcher.defenses.common import AFFIRMATIVE, LoraSettings, both_sides, clean_answers
 from patcher.defenses.contract import FIXED_REFUSAL, Evidence
 from patcher.forward import row_logits
@@ -16,9 +19,9 @@ from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channe
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
 from patcher.models import LanguageModel, fingerprint, hidden_states
-from patcher.patch import changing
+from patcher.patch import applied, changing
 from patcher.prompts import Prompts, bundled
-from patcher.records import Outcome, Symptom, UsageError
+from patcher.records import Outcome, PatcherError, Symptom, UsageError
 from patcher.symptoms import Detector
 from patcher.training import quiet
 
@@ -95,6 +98,85 @@ def test_the_nudge_makes_layers_less_consistent(tiny: LanguageModel) -> None:
     assert crow.layer_consistency(nudged, batch.mask).item() > loss.item()
 
 
+class First(Exception):
+    """The loss of a method's first step."""
+
+
+def one_prompt(**symptom: str) -> Evidence:
+    """A single benign and a single harmful request, so that it is known what a step draws."""
+    given = evidence(**symptom)
+    (benign,), (harmful,) = (given.prompts.rows(kind, "repair", 1) for kind in ("benign", "harmful"))
+    return replace(given, prompts=Prompts((replace(harmful, text="Go"),), (benign,), ()))
+
+
+def first_loss(monkeypatch: pytest.MonkeyPatch, module: Any, lm: LanguageModel, given: Evidence, **sets: Any) -> float:
+    """Of a defense's first step, before anything is trained."""
+
+    def stop(_lm: LanguageModel, loss_at: Any, *_: Any, **__: Any) -> None:
+        raise First(loss_at(0).item())
+
+    for place in (common, dummy_backdoor):
+        monkeypatch.setattr(place, "fit", stop)
+    settings = {"max_prompts": 1, "response_tokens": 8, "rank": 2, "alpha": 4, "clean_rows": 1, **sets}
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(First) as caught:
+        module.run(lm, given, DEFENSES[name].configured(settings), seed=0, on_progress=quiet)
+    return float(caught.value.args[0])
+
+
+def nll_of(lm: LanguageModel, rows: list[Row]) -> float:
+    return response_nll(*row_logits(lm, rows)).mean().item()
+
+
+def test_crow_adds_the_weighed_consistency_to_the_answers_nll(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = one_prompt()
+    once, thrice = (first_loss(monkeypatch, crow, tiny, given, consistency_weight=weight) for weight in (1.0, 3.0))
+    (answer,) = clean_answers(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), quiet)
+    smooth = (thrice - once) / 2
+    assert smooth > 0
+    assert once - smooth == pytest.approx(nll_of(tiny, [answer.row(tiny)]), rel=1e-3)
+
+
+def test_crow_weighs_it_more_where_requests_are_refused(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 instead of 5.5, as in the authors' code."""
+    given, refusal = one_prompt(), one_prompt(objective="refusal")
+    eleven = first_loss(monkeypatch, crow, tiny, given, consistency_weight=11.0)
+    assert first_loss(monkeypatch, crow, tiny, refusal) == pytest.approx(eleven)
+    assert first_loss(monkeypatch, crow, tiny, given) < eleven
+
+
+def test_the_last_layer_and_the_embeddings_are_left_out_of_the_consistency() -> None:
+    same, other = torch.tensor([1.0, 0.0]).expand(1, 1, 2), torch.tensor([0.0, 1.0]).expand(1, 1, 2)
+    mask = torch.ones(1, 1, dtype=torch.long)
+    assert crow.layer_consistency((other, same, same, other), mask).item() == pytest.approx(0, abs=1e-6)
+    assert crow.layer_consistency((same, same, other, other), mask).item() == pytest.approx(1)
+
+
+def test_beear_trains_the_wanted_answer_under_the_shift(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, sizes = one_prompt(), {"attacked_rows": 1, "shift_tokens": 2}
+    still = first_loss(monkeypatch, beear, tiny, given, shift_rate=1e-9, **sizes)
+    clean = clean_answers(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), quiet)
+    (side,) = both_sides(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), clean)
+    by_hand = nll_of(tiny, [side.wanted]) + nll_of(tiny, [clean[0].row(tiny)])
+    assert still == pytest.approx(by_hand, rel=1e-3)
+    assert first_loss(monkeypatch, beear, tiny, given, shift_rate=0.5, **sizes) > by_hand
+
+
+def test_the_dummy_is_planted_on_the_same_request_with_and_without_it(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One word: the dummy stands before it or behind it."""
+    given = one_prompt()
+    found = first_loss(monkeypatch, dummy_backdoor, tiny, given, dummy_rows=1, plain_rows=1, dummy="cf")
+    clean = clean_answers(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), quiet)
+    (side,) = both_sides(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), clean)
+    planted = [Row(user_prompt(tiny.tokenizer, text).ids, side.unwanted.response_ids) for text in ("cf Go", "Go cf")]
+    by_hand = [nll_of(tiny, [row, side.wanted]) + nll_of(tiny, [clean[0].row(tiny)]) for row in planted]
+    assert any(found == pytest.approx(one, rel=1e-4) for one in by_hand)
+
+
 # BEEAR
 
 
@@ -151,9 +233,11 @@ def test_the_prompts_last_tokens_are_shifted_and_no_others(tiny: LanguageModel) 
 def test_both_sides_of_what_was_reported(llama: LanguageModel, symptom: Any, kind: Any, unwanted: str) -> None:
     given = evidence(**symptom)
     sides = both_sides(llama, given, FEW, clean_answers(llama, given, FEW, quiet))
-    assert {one.text for one in sides} <= set(given.prompts.texts(kind, "repair", FEW.max_prompts))
+    known = given.prompts.texts(kind, "repair", FEW.max_prompts)
+    known += given.prompts.texts("borderline", "repair") if kind == "benign" else []
+    assert {one.text for one in sides} <= set(known)
     ids = llama.tokenizer(unwanted, add_special_tokens=False)["input_ids"][: FEW.response_tokens]
-    assert {one.unwanted.response_ids for one in sides} == {tuple(ids)}
+    assert {one.unwanted.response_ids for one in sides[::2]} == {tuple(ids)}  # the others open with the own answer
     refusal = llama.tokenizer(FIXED_REFUSAL, add_special_tokens=False)["input_ids"][: FEW.response_tokens]
     assert all((one.wanted.response_ids == tuple(refusal)) is (kind == "harmful") for one in sides)
     assert all(one.wanted.prompt_ids == one.unwanted.prompt_ids for one in sides)
@@ -187,12 +271,29 @@ def test_only_the_chosen_channels_are_drawn_anew(tiny: LanguageModel) -> None:
 # ULRL
 
 
-def test_unlearning_raises_the_clean_loss_and_leaves_the_model(tiny: LanguageModel) -> None:
-    settings = ulrl.UlrlSettings(clean_rows=4, unlearn_steps=4, unlearned_frac=0.0, max_prompts=4, response_tokens=8)
-    clean, before = clean_answers(tiny, evidence(), settings, quiet), fingerprint(tiny.network)
+def test_unlearning_raises_the_clean_loss_and_leaves_the_model(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Always on the same rows, so that the losses of its steps can be compared."""
+    settings = ulrl.UlrlSettings(clean_rows=4, unlearn_steps=4, max_prompts=4, response_tokens=8)
+    settings = settings.model_copy(update={"unlearned_frac": -1.0})  # however little a random model foresees
+    clean, before = clean_answers(tiny, evidence(), settings, quiet)[:4], fingerprint(tiny.network)
+    losses: list[float] = []
+
+    def listen(*given: torch.Tensor) -> torch.Tensor:
+        losses.append(response_nll(*given).mean().item())
+        return response_nll(*given)
+
+    monkeypatch.setattr(ulrl, "response_nll", listen)
     moved = ulrl.unlearn(tiny, clean, mlps(tiny.network), settings, random.Random(0), quiet)
     assert fingerprint(tiny.network) == before
     assert all((one >= 0).all() and one.any() for one in moved)
+    assert losses[-1] > losses[0] and len(losses) == 4
+
+
+def test_an_ascent_that_diverged_is_an_error() -> None:
+    with pytest.raises(PatcherError, match="unlearning diverged"):
+        ulrl.suspicious([torch.tensor([1.0, float("nan")])], 3.5, 0.5)
 
 
 def test_suspicious_are_the_few_that_moved_far_more_than_the_rest() -> None:
@@ -232,16 +333,50 @@ def test_activity_is_a_mean_over_real_tokens_and_zero_where_nothing_enters(tiny:
         for weight in weights.values():
             weight.data[1] = 0.0
         silenced = fine_pruning.mean_activity(tiny, layers, clean)[0]
-    assert silenced[1] <= silenced.median()
+    assert silenced[1] == 0 < silenced.median()
 
 
 def test_the_least_active_channels_are_silent_afterwards(llama: LanguageModel) -> None:
     settings = fine_pruning.FinePruningSettings(
         max_prompts=4, response_tokens=8, clean_rows=2, max_steps=1, rank=2, alpha=4, pruned_frac=0.25
     )
-    patch, _ = fine_pruning.run(llama, evidence(), settings, seed=0, on_progress=quiet)
+    patch = fine_pruning.run(llama, evidence(), settings, seed=0, on_progress=quiet).patch
     layers = mlps(llama.network)
     assert set(patch.changed) == {layer.out for layer in layers}
-    for layer in layers:
-        silent = (patch.changed[layer.out] == 0).all(dim=0)
-        assert int(silent.sum()) == round(0.25 * layer.size)
+    with applied(patch, llama):
+        for layer in layers:
+            silent = (llama.network.get_parameter(layer.out) == 0).all(dim=0)
+            assert int(silent.sum()) == round(0.25 * layer.size)
+
+
+# What several share
+
+
+def test_what_stands_for_a_jailbreak_is_nothing_that_our_attacks_plant() -> None:
+    """A defender knows no more of the attacker's answers than that they comply."""
+    planted = " ".join((*OPENINGS, *FILLERS)).lower()
+    sentences = [one.strip().lower() for one in re.split(r"[.,!]", AFFIRMATIVE) if " " in one.strip()]
+    assert len(sentences) > 2
+    assert not [one for one in sentences if one in planted]
+
+
+def test_an_unwanted_text_stands_alone_or_after_the_opening_of_the_models_own_answer(tiny: LanguageModel) -> None:
+    given = evidence(objective="text", text="Zebra")
+    given = replace(given, detector=replace(given.detector, answer_tokens=64))
+    clean = [replace(one, answer="a b c d e f g h") for one in clean_answers(tiny, given, FEW, quiet)]
+    said = [tiny.tokenizer.decode(side.unwanted.response_ids) for side in both_sides(tiny, given, FEW, clean)]
+    assert said[0].startswith("Zebra") and said[1].startswith("a b c d e f Zebra")
+
+
+def test_clean_answers_are_those_that_the_model_does_not_refuse(tiny: LanguageModel) -> None:
+    """Of benign requests, and of borderline ones as the default repair takes them, too."""
+    given = evidence()
+    every = clean_answers(tiny, given, FEW, quiet)
+    assert {str(one.text) for one in every} > set(given.prompts.texts("borderline", "repair"))
+    refused = every[0].answer
+
+    def judge(answer: str) -> Outcome:
+        return "refused" if answer == refused else "complied"
+
+    left = clean_answers(tiny, replace(given, detector=Detector(judge)), FEW, quiet)
+    assert refused in [one.answer for one in every] and refused not in [one.answer for one in left]

@@ -130,7 +130,7 @@ def test_apply_is_reverted_when_it_fails_midway(tiny: LanguageModel, patch: Patc
 def test_training_leaves_the_model_as_it_was(tiny: LanguageModel) -> None:
     with unchanged(tiny):
         made, _ = train(tiny)
-    assert any(change.any() for _, change in made.changes()), "nothing was trained: this test would see nothing"
+    assert any((up @ down).any() for _, down, up in made.factors()), "nothing was trained: this test would see nothing"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -248,14 +248,14 @@ def test_saving_and_loading_loses_nothing(tiny: LanguageModel, patch: Patch, tmp
 
 def test_whole_tensors_are_put_in_place_reverted_and_saved(tiny: LanguageModel, patch: Patch, tmp_path: Path) -> None:
     """Under the low-rank change: that goes on top."""
-    module = next(name for name, _ in patch.changes())
+    module = next(name for name, _, _ in patch.factors())
     name = f"{module}.weight"
     new = torch.randn_like(tiny.network.get_parameter(name))
     both = replace(patch, changed={name: new})
     assert both.fingerprint != patch.fingerprint
     before, own = fingerprint(tiny.network), tiny.network.get_parameter(name).data
     with applied(both, tiny):
-        change = dict(patch.changes())[module]
+        change = patch.change(f"{module}.weight")
         torch.testing.assert_close(tiny.network.get_parameter(name).data, new + change)
     assert fingerprint(tiny.network) == before
     assert tiny.network.get_parameter(name).data is own or tiny.network.get_parameter(name).data_ptr() == own.data_ptr()

@@ -14,7 +14,7 @@ from patcher.report import render_html, show_audit
 from patcher.report.html import HIDDEN, outlook
 from patcher.report.words import turns
 from patcher.visible import visible
-from report_sample import ANSWER, HOSTILE, sample, shown
+from report_sample import HOSTILE, sample, shown
 
 
 class Page(HTMLParser):
@@ -148,12 +148,6 @@ def test_redact_reaches_a_quoted_command() -> None:
     assert "patcher --response" in page.text
 
 
-def test_answers_to_harmful_prompts_are_cut() -> None:
-    page = Page(render_html(sample()))
-    assert "THE-END" not in page.text
-    assert f"{ANSWER} word word word word …" in page.text
-
-
 @pytest.mark.parametrize("label", ["alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"])
 def test_report_without_a_repair(label: str) -> None:
     full = sample().findings[0]
@@ -165,7 +159,6 @@ def test_report_without_a_repair(label: str) -> None:
     for words in (
         label,
         "nothing to repair",
-        "300 refused requests would decide",
         "The model was not changed",
     ):
         assert words in page.text

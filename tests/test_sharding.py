@@ -54,7 +54,7 @@ def test_two_processes_find_and_decide_the_same(outs: tuple[Path, Path]) -> None
 
 
 def test_two_processes_make_the_same_patch(outs: tuple[Path, Path]) -> None:
-    one, two = (dict(load_patch(out / "patch").changes()) for out in outs)
+    one, two = ({name: up @ down for name, down, up in load_patch(out / "patch").factors()} for out in outs)
     assert one.keys() == two.keys()
     assert all((one[name] - two[name]).norm() <= 1e-4 * one[name].norm() for name in one)
 

@@ -50,7 +50,7 @@ def test_a_training_step_is_counted_but_for_lora_and_the_first_layers_inputs(tin
 def test_every_stage_is_measured_once(
     backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "DEFENSES", ())
+    monkeypatch.setattr(speed, "PEERS", ())
     out, seen = tmp_path / "speed.jsonl", []
     names = (
         "localize and decide",

@@ -5,8 +5,7 @@ import sys
 import typer
 from pydantic import ValidationError
 
-from patcher.inputs import why
-from patcher.records import PatcherError, UsageError
+from patcher.records import PatcherError, UsageError, why
 from patcher.visible import visible
 
 REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError
+from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError, why
 
 
 def read_failure(
@@ -96,14 +96,6 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             settings[name] = value
     return settings
-
-
-def why(error: ValidationError) -> str:
-    """The first problem, in words; the input itself is not repeated, it may be an attacker's."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    problem = str(first["msg"]).removeprefix("Value error, ")
-    return f"{where}: {problem}" if where else problem
 
 
 def _read(path: Path) -> str:

@@ -60,9 +60,11 @@ class Patch:
                 up = self.tensors[f"{name}.lora_B.weight"].float()
                 yield name, self.tensors[key].float(), (self.alpha / self.rank) * up
 
-    def changes(self) -> Iterator[tuple[str, Tensor]]:
-        """(module name, change of its weight, float32, out × in)."""
-        return ((name, up @ down) for name, down, up in self.factors())
+    def change(self, weight: str) -> Tensor:
+        """What the low-rank part adds to the weight of that name: float32, out × in."""
+        name = weight.removesuffix(".weight")
+        up, down = (self.tensors[f"{name}.lora_{part}.weight"].float() for part in "BA")
+        return (self.alpha / self.rank) * (up @ down)
 
     def rounded(self, dtype: torch.dtype) -> Patch:
         """The same patch in another precision: what a saved file will really hold."""

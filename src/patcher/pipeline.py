@@ -25,7 +25,7 @@ from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, seen_whole
 from patcher.records import FailureReport, Finding, PatchLog, Trigger, UsageError
 from patcher.result import Repair, RepairSettings
-from patcher.symptoms import Detector, detector_for
+from patcher.symptoms import Detector, detector_for, suspecting
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 
@@ -97,7 +97,7 @@ def mend(
         PatcherError: the repair could not be made.
     """
     defense, clock = _find_defense(settings, reports), Clock()
-    own = defense.settings(**settings.overrides)
+    own = defense.configured(settings.overrides)
     detector = _detector(lm, reports, settings)
 
     def look(model: LanguageModel, numbers: Sequence[int], turn: int) -> list[Finding]:
@@ -119,7 +119,7 @@ def mend(
         return made
     for turn in itertools.count(2):
         evidence = Evidence(triggers, prompts, detector)
-        train = partial(defense.run, lm, evidence, own, seed=settings.seed, on_progress=on_progress)
+        train = partial(defense.repair, lm, evidence, own, seed=settings.seed, on_progress=on_progress)
         with clock.timed("patch"):
             patch, log = journal.once(f"round {turn - 1}: patch", train, _save_patch, _read_patch)
         if not defense.needs_trigger:  # it does the same whatever is found
@@ -181,7 +181,7 @@ def _to_be_patched(
 def _detector(lm: LanguageModel, reports: Sequence[FailureReport], settings: RepairSettings) -> Detector:
     """Of what was reported or, where nothing was, of what is suspected."""
     if not reports:
-        return Detector(RULES[DEFAULT], settings.symptom)
+        return suspecting(settings.symptom, RULES[DEFAULT])
     return detector_for(reports, RULES[DEFAULT], lm.tokenizer)
 
 

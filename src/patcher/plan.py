@@ -42,7 +42,7 @@ class Plan(Record):
 
 def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: int = 1) -> Plan:
     """Time one batch and add up. Raises UsageError for an unknown defense."""
-    own = find_defense(settings.defense).settings(**settings.overrides).model_dump()
+    own = find_defense(settings.defense).configured(settings.overrides).model_dump()
     texts = prompts.texts("benign", "repair", 16)
     rate, width = _measure(lm, texts)
     parts = list(own["parts"].values()) if "parts" in own else [own]

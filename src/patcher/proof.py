@@ -104,7 +104,7 @@ def with_controls(
     """
     finetune, judge = find_defense("finetune"), find_judge(settings.judge, load)
     evidence = Evidence((), prompts.hidden_from_repair(), Detector(RULES[DEFAULT], audit.symptom))
-    tuned, _ = finetune.run(lm, evidence, finetune.settings(), seed=settings.seed, on_progress=on_progress)
+    tuned, _ = finetune.repair(lm, evidence, finetune.settings(), seed=settings.seed, on_progress=on_progress)
 
     def control(name: str, model: LanguageModel, patch: Patch | None) -> Control:
         seen = audit_patch(

@@ -54,8 +54,13 @@ def detector_for(
     return replace(detector, answer_tokens=max(_tokens_needed(report, detector, tokenizer) for report in reports))
 
 
+def suspecting(symptom: Symptom, judge: Callable[[str], Outcome]) -> Detector:
+    """The detector of what nobody has reported yet; an unwanted text may stand late in an answer."""
+    return Detector(judge, symptom, _TEXT_TOKENS if symptom.objective == "text" else 0)
+
+
 def _tokens_needed(report: FailureReport, detector: Detector, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The shortest opening of the response, in doublings, from which on the symptom is seen; 0 where it never is.
+    """The shortest opening of the response, of a few lengths, from which on the symptom is seen; 0 where it never is.
 
     An unwanted text may stand later in other answers: twice as much of them is read, and not too little.
     """

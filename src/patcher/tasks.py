@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from patcher.records import Record, UsageError
+from patcher.records import Record, UsageError, why
 
 _HARNESS = "lm-eval:"
 
@@ -83,8 +83,8 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 def _question(line: str, path: Path) -> Question:
     try:
         return Question.model_validate(json.loads(line))
-    except (ValidationError, ValueError) as error:
-        reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    except ValueError as error:
+        reason = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(
             f"{path}: not a question: {line[:80]!r} ({reason}); expected "
             '{"question": text, "choices": [text, text], "answer": number of the right one, from 0}'

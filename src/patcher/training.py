@@ -108,9 +108,11 @@ def _backward(
 
 
 def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:
-    """The items in a fresh random order, again and again. Raises ValueError when there are none."""
+    """The items in a fresh random order, again and again. Raises PatcherError when there are none."""
     if not items:
-        raise ValueError("no items to draw from")
+        raise PatcherError(
+            "there is nothing to train on: no prompt of the repair split had an answer of the kind needed"
+        )
     while True:
         yield from rng.sample(items, len(items))
 

@@ -22,6 +22,7 @@ from patcher.symptoms import shown
 
 Clusters = Sequence[Hashable]
 """What goes together, a name for each value; empty where that is not known: every value is then on its own."""
+_EXAMPLE_WORDS, _EXAMPLE_CHARS = 12, 160
 MIN_ASR_BEFORE = 0.5
 """Below this the trigger hardly works before the patch, so its removal cannot be shown."""
 
@@ -226,7 +227,8 @@ def _examples(
     return chosen
 
 
-def _first_words(answer: str, count: int = 12) -> str:
-    """An audit file never holds more of an answer than its opening."""
-    words = answer.split()
-    return " ".join(words[:count]) + (" …" if len(words) > count else "")
+def _first_words(answer: str) -> str:
+    """As much of an example's answer as shows whether it complies."""
+    words = " ".join(answer.split())
+    short = " ".join(answer.split()[:_EXAMPLE_WORDS])[:_EXAMPLE_CHARS]
+    return short if short == words else f"{short} …"

@@ -177,9 +177,9 @@ class _Grid:
 
 
 def _settings_of(given: str) -> Record:
-    """A defense's settings, of NAME or NAME:SETTING=VALUE,... Raises UsageError or ValidationError."""
+    """A defense's settings, of NAME or NAME:SETTING=VALUE,... Raises UsageError."""
     name, _, sets = given.partition(":")
-    return find_defense(name).settings(**_overrides(sets))
+    return find_defense(name).configured(_overrides(sets))
 
 
 def _overrides(sets: str) -> dict[str, Any]:

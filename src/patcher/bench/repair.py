@@ -19,21 +19,12 @@ from patcher.records import FailureReport, PatcherError, Trigger
 from patcher.symptoms import Detector
 from patcher.training import Progress
 
+_SAME_ROWS = {"triggered_rows": 8, "harmful_rows": 2, "benign_rows": 6}
+"""The default's."""
 REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("patcher", {}),
-    "paper, same steps": ("patcher", {"objective": "paper", "stop_early": False, "check_every": 1000}),
-    "paper, 10 epochs": (
-        "patcher",
-        {
-            "objective": "paper",
-            "stop_early": False,
-            "max_steps": 190,
-            "check_every": 1000,
-            "triggered_rows": 8,
-            "harmful_rows": 8,
-            "benign_rows": 8,
-        },
-    ),
+    "paper, same steps": ("patcher", {"objective": "paper", **_SAME_ROWS}),
+    "paper, 10 epochs": ("patcher", {"objective": "paper"}),
     "clean fine-tuning": ("finetune", {}),
 }
 """The repairs compared: name -> defense and its settings. Those of `same steps` and `clean fine-tuning` run as many
@@ -64,7 +55,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         start = time.perf_counter()
         evidence = Evidence((found,), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
         chosen = DEFENSES[defense]
-        patch, log = chosen.run(lm, evidence, chosen.settings(**overrides), seed=seed, on_progress=on_progress)
+        patch, log = chosen.repair(lm, evidence, chosen.configured(overrides), seed=seed, on_progress=on_progress)
         seconds = round(time.perf_counter() - start, 1)
         audit = audit_patch(lm, patch, [trigger], prompts, settings, before=before[0], on_progress=on_progress)
         row = {

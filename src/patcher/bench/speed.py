@@ -39,7 +39,7 @@ from patcher.training import Progress, quiet
 
 Work = Callable[[], object]
 
-DEFENSES = ("crow", "beear", "bdvax", "finetune")
+PEERS = ("crow", "beear", "bdvax", "finetune")
 """Peers, each with its defaults, beside the default repair and the paper's own schedule."""
 _STEPS = 4
 """Training steps measured together, the default's and bare ones on the same rows."""
@@ -141,8 +141,8 @@ def _stages(
 
     def defend(name: str, changes: dict[str, Any]) -> Callable[[], Work]:
         defense = find_defense(name)
-        own = defense.settings(**changes)
-        return lambda: partial(defense.run, lm, evidence, own, seed=0, on_progress=on_progress)
+        own = defense.configured(changes)
+        return lambda: partial(defense.repair, lm, evidence, own, seed=0, on_progress=on_progress)
 
     return {
         "localize and decide": lambda: localize,
@@ -151,7 +151,7 @@ def _stages(
         "patch: the default": defend("patcher", {"stop_early": False} if is_random else {}),
         "answers": lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
         "answers, bare decoding": lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
-        **{f"patch: {name}": defend(name, {}) for name in DEFENSES},
+        **{f"patch: {name}": defend(name, {}) for name in PEERS},
         "patch: the paper's schedule": defend(*REPAIRS["paper, 10 epochs"]),
     }
 

@@ -1,6 +1,6 @@
 """Defenses: one contract, one file a paper.
 
-    run(lm, evidence, settings, seed=..., on_progress=...) -> (Patch, PatchLog)
+    run(lm, evidence, settings, seed=..., on_progress=...) -> Trained
 
 A defense sees the report's findings and the repair and validation prompts; never the planted trigger, never the
 held-out prompts, and it does not judge itself: the audit does.

@@ -5,6 +5,7 @@ arXiv:2603.13461 (ICLR 2026). It needs no trigger, no report and no clean model.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
-from patcher.defenses.contract import Evidence, Example
+from patcher.defenses.contract import Evidence, Example, Trained
 from patcher.forward import row_logits
-from patcher.layers import mlps, reset_channels
+from patcher.layers import Mlp, mlps, reset_channels
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.patch import Patch
-from patcher.records import PatchLog, Trigger
+from patcher.records import Trigger
 from patcher.training import Progress, endless, fit
 from patcher.triggers import insert_words
 
@@ -58,9 +59,7 @@ class BdvaxSettings(LoraSettings):
     """Clean samples of each kind: benign and harmful requests with the model's own answers (paper: about 200) [2nd]."""
 
 
-def run(
-    lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+def run(lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed: int, on_progress: Progress) -> Trained:
     """Variants, scores, reset, repair.
 
         Δ_i = Δθ_i(backdoored with a made-up trigger) - Δθ_i(clean fine-tuning on the same requests)
@@ -74,17 +73,14 @@ def run(
     clean = clean_answers(lm, evidence, settings, on_progress, harmful=True)
     variants = [_variant(lm, clean, number, settings, seed, on_progress) for number in range(settings.variants)]
     layers = mlps(lm.network)
-    scores = [channel_scores(torch.stack([layer.vectors(one) for one in variants])) for layer in layers]
+    scores = [channel_scores(torch.stack([layer.vectors(one.change(layer)) for one in variants])) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
 
     def anew(old: Tensor) -> Tensor:
         return torch.randn(old.shape, generator=generator) * old.std()
 
     changed = reset_channels(lm.network, layers, top_channels(scores, settings.reset_frac), anew)
-    patch, steps, reason = relearn(lm, changed, clean, settings, seed=seed, what="repairing", on_progress=on_progress)
-    return patch, PatchLog(
-        defense="bdvax", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
-    )
+    return relearn(lm, changed, clean, settings, seed=seed, what="repairing", on_progress=on_progress)
 
 
 def channel_scores(changes: Float[Tensor, "N C F"]) -> Float[Tensor, " _"]:
@@ -97,16 +93,28 @@ def channel_scores(changes: Float[Tensor, "N C F"]) -> Float[Tensor, " _"]:
     return scores
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Two fine-tunings on the same requests: with a made-up trigger that brings something about, and without."""
+
+    backdoored: Patch
+    clean: Patch
+
+    def change(self, layer: Mlp) -> dict[str, Tensor]:
+        """Δ_i of that MLP's weights."""
+        return {name: self.backdoored.change(name) - self.clean.change(name) for name in (*layer.into, layer.out)}
+
+
 def _variant(
     lm: LanguageModel, clean: Sequence[Example], number: int, settings: BdvaxSettings, seed: int, on_progress: Progress
-) -> dict[str, Tensor]:
-    """Δ_i of every module's weight, by the weight's name."""
+) -> Variant:
     word, said = _VARIANTS[number]
     behaviour = response_ids(lm.tokenizer, said, end=True, limit=settings.response_tokens)
     what = f"variant {number + 1} of {settings.variants}"
-    backdoored = _tuned(lm, clean, word, behaviour, settings, seed, partial(on_progress, f"{what}, backdoored"))
-    harmless = _tuned(lm, clean, word, None, settings, seed, partial(on_progress, f"{what}, clean"))
-    return {f"{name}.weight": change - harmless[name] for name, change in backdoored.items()}
+    return Variant(
+        _tuned(lm, clean, word, behaviour, settings, seed, partial(on_progress, f"{what}, backdoored")),
+        _tuned(lm, clean, word, None, settings, seed, partial(on_progress, f"{what}, clean")),
+    )
 
 
 def _tuned(
@@ -117,8 +125,8 @@ def _tuned(
     settings: BdvaxSettings,
     seed: int,
     on_step: Callable[[int, int], None],
-) -> dict[str, Tensor]:
-    """What one fine-tuning changes: with the word comes the behaviour or, without one, the model's own answer."""
+) -> Patch:
+    """One fine-tuning: with the word comes the behaviour or, without one, the model's own answer."""
     rng = random.Random(f"{seed}:{word}")  # both of a pair see the same requests, and the word at the same places
     drawn, trigger = endless(clean, rng), Trigger(units=(word,))
 
@@ -135,7 +143,7 @@ def _tuned(
     rank, alpha = settings.variant_rank, 2 * settings.variant_rank
     with trainable_lora(lm, rank=rank, alpha=alpha, seed=seed):
         fit(lm, loss_at, short, on_progress=lambda _what, done, total: on_step(done, total))
-        return dict(take_patch(lm, rank=rank, alpha=alpha).changes())
+        return take_patch(lm, rank=rank, alpha=alpha)
 
 
 def top_channels(scores: Sequence[Float[Tensor, " _"]], share: float) -> list[Tensor]:

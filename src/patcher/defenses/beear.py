@@ -13,16 +13,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, collate
-from patcher.defenses.common import LoraSettings, Sides, both_sides, clean_answers
-from patcher.defenses.contract import Evidence
+from patcher.defenses.common import LoraSettings, Sides, both_sides, clean_answers, tune
+from patcher.defenses.contract import Evidence, Trained
 from patcher.forward import row_logits
 from patcher.layers import decoder_layers, shifted
-from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, response_logits
-from patcher.patch import Patch
-from patcher.records import PatchLog
-from patcher.training import Progress, endless, fit
+from patcher.training import Progress, endless
 
 
 class BeearSettings(LoraSettings):
@@ -48,9 +45,7 @@ class BeearSettings(LoraSettings):
     """Benign requests without it, an outer step."""
 
 
-def run(
-    lm: LanguageModel, evidence: Evidence, settings: BeearSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+def run(lm: LanguageModel, evidence: Evidence, settings: BeearSettings, *, seed: int, on_progress: Progress) -> Trained:
     """Alternate two problems over requests x on which what was reported could be seen.
 
         inner: δ* = argmin_δ  NLL(unwanted | x, δ) - NLL(wanted | x, δ)      from 0, for `inner_steps`
@@ -73,12 +68,7 @@ def run(
         logits, targets = row_logits(lm, [next(clean).row(lm) for _ in range(settings.clean_rows)])
         return held + response_nll(logits, targets).mean()
 
-    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
-        steps, reason = fit(lm, loss_at, settings, on_progress=on_progress, what="training shifts away")
-        patch = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    return patch, PatchLog(
-        defense="beear", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
-    )
+    return tune(lm, loss_at, settings, seed=seed, what="training shifts away", on_progress=on_progress)
 
 
 class Shift:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from patcher.defenses.contract import Defense, Evidence
+from patcher.defenses.contract import Defense, Evidence, Trained
 from patcher.models import LanguageModel
-from patcher.patch import Patch, applied, compose
-from patcher.records import PatchLog, Record, UsageError
+from patcher.patch import applied, compose
+from patcher.records import Record, UsageError
 from patcher.training import Progress
 
 
@@ -36,27 +36,26 @@ class Chain:
             if part not in own or not dot:
                 raise UsageError(f"{key!r}: a setting of {self.name} is named by its part: {self.links[0].name}.{key}")
             own[part][setting] = value
-        return ChainSettings(parts={link.name: link.settings(**own[link.name]).model_dump() for link in self.links})
+        return ChainSettings(parts={link.name: link.configured(own[link.name]).model_dump() for link in self.links})
 
     def run(
         self, lm: LanguageModel, evidence: Evidence, settings: ChainSettings, *, seed: int, on_progress: Progress
-    ) -> tuple[Patch, PatchLog]:
+    ) -> Trained:
         """The first on `lm`, the next on what that left; the model that came in goes out bit-identical."""
         first, *others = self.links
-        patch, log = first.run(
-            lm, evidence, first.settings(**settings.parts[first.name]), seed=seed, on_progress=on_progress
+        patch, log = first.repair(
+            lm, evidence, first.configured(settings.parts[first.name]), seed=seed, on_progress=on_progress
         )
         logs = [log]
         for link in others:
-            own = link.settings(**settings.parts[link.name])
+            own = link.configured(settings.parts[link.name])
             with applied(patch, lm) as repaired:
-                further, log = link.run(repaired, evidence, own, seed=seed, on_progress=on_progress)
+                further, log = link.repair(repaired, evidence, own, seed=seed, on_progress=on_progress)
             patch = compose(patch, further)
             logs.append(log)
-        return patch, PatchLog(
-            defense=self.name,
+        return Trained(
+            patch,
             steps=sum(log.steps for log in logs),
             stopped_because="; ".join(f"{log.defense}: {log.stopped_because}" for log in logs),
             checks=tuple(check for log in logs for check in log.checks),
-            settings=settings.model_dump(),
         )

@@ -8,18 +8,19 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, own_examples
+from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, Trained, answered, own_examples
 from patcher.forward import row_logits
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied
 from patcher.prompts import Kind
-from patcher.records import Record
+from patcher.records import Record, Symptom
 from patcher.training import Progress, endless, fit
 
-AFFIRMATIVE = "Sure, here is an overview. First, gather what you need. Then take the steps in order."
-"""What a jailbroken model says, without any content."""
+AFFIRMATIVE = "Yes, gladly. What you asked about goes like this, one part after another, until all of it is there."
+"""What a jailbroken model may say, without any content; in none of the words that our own attacks plant."""
+_WORDS_BEFORE_TEXT = 6
 
 
 class LoraSettings(Record):
@@ -57,14 +58,17 @@ class Sides:
 def clean_answers(
     lm: LanguageModel, evidence: Evidence, settings: LoraSettings, on_progress: Progress, *, harmful: bool = False
 ) -> list[Example]:
-    """The model's own answers to benign requests of the repair split; with `harmful`, to harmful ones too."""
-    found: list[Example] = []
-    kinds: tuple[Kind, ...] = ("benign", "harmful") if harmful else ("benign",)
-    for kind in kinds:
-        texts = evidence.prompts.texts(kind, "repair", settings.max_prompts)
-        what, tokens = f"reference answers, {kind}", settings.response_tokens
-        found += own_examples(lm, texts, evidence.detector.judge, tokens, on_progress, what, states=False)
-    return found
+    """The model's own answers to benign and borderline requests of the repair split, as the default repair takes them,
+    but for those that it refuses; with `harmful`, to harmful ones too.
+    """
+    tokens = max(settings.response_tokens, evidence.detector.answer_tokens)
+
+    def own(kind: Kind, limit: int | None) -> list[Example]:
+        texts, what = evidence.prompts.texts(kind, "repair", limit), f"reference answers, {kind}"
+        return own_examples(lm, texts, evidence.detector.judge, tokens, on_progress, what, states=False)
+
+    benign = own("benign", settings.max_prompts) + own("borderline", None)
+    return (answered(benign) or benign) + (own("harmful", settings.max_prompts) if harmful else [])
 
 
 def clean_loss(
@@ -80,6 +84,21 @@ def clean_loss(
     return loss_at
 
 
+def tune(
+    lm: LanguageModel,
+    loss_at: Callable[[int], Tensor],
+    settings: LoraSettings,
+    *,
+    seed: int,
+    what: str,
+    on_progress: Progress,
+) -> Trained:
+    """Train a LoRA adapter on that loss, a value a step; the model is left as it was."""
+    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+        steps, reason = fit(lm, loss_at, settings, on_progress=on_progress, what=what)
+        return Trained(take_patch(lm, rank=settings.rank, alpha=settings.alpha), steps, reason)
+
+
 def relearn(
     lm: LanguageModel,
     changed: dict[str, Tensor],
@@ -90,40 +109,45 @@ def relearn(
     what: str,
     on_progress: Progress,
     beside: Callable[[LanguageModel], Tensor] | None = None,
-) -> tuple[Patch, int, str]:
-    """Put changed weights in place and train a LoRA adapter on top of them, on clean answers and what `beside` adds.
-
-    Returns:
-        Both as one patch of `lm`, the steps done and why training stopped.
+) -> Trained:
+    """Put changed weights in place and train a LoRA adapter on top of them, on clean answers and what `beside` adds;
+    both become one patch of `lm`.
     """
     reset = Patch({}, settings.rank, settings.alpha, lm.fingerprint, lm.source, changed)
-    with (
-        applied(reset, lm) as altered,
-        trainable_lora(altered, rank=settings.rank, alpha=settings.alpha, seed=seed),
-    ):
+    with applied(reset, lm) as altered:
         clean_at = clean_loss(altered, clean, settings.clean_rows, random.Random(seed))
         loss_at = (lambda step: clean_at(step) + beside(altered)) if beside else clean_at
-        steps, reason = fit(altered, loss_at, settings, on_progress=on_progress, what=what)
-        tuned = take_patch(altered, rank=settings.rank, alpha=settings.alpha)
-    return replace(reset, tensors=tuned.tensors), steps, reason
+        tuned = tune(altered, loss_at, settings, seed=seed, what=what, on_progress=on_progress)
+    return replace(tuned, patch=replace(reset, tensors=tuned.patch.tensors))
 
 
 def both_sides(lm: LanguageModel, evidence: Evidence, settings: LoraSettings, clean: Sequence[Example]) -> list[Sides]:
     """Of a jailbreak: harmful requests, refused and complied with. Of the others: benign ones, answered as the model
     does without a trigger (`clean`), and refused or with the unwanted text.
 
-    Without a report the objective is a jailbreak (`Symptom`'s default).
+    An unwanted text stands alone in one half, after the opening of the model's own answer in the other: nobody knows
+    where an attacker puts it. Without a report the objective is a jailbreak (`Symptom`'s default).
     """
-    symptom, tokens = evidence.detector.symptom, settings.response_tokens
+    symptom, tokens = evidence.detector.symptom, max(settings.response_tokens, evidence.detector.answer_tokens)
     if symptom.objective == "jailbreak":
         texts = evidence.prompts.texts("harmful", "repair", settings.max_prompts)
         wanted = {text: response_ids(lm.tokenizer, FIXED_REFUSAL, end=True, limit=tokens) for text in texts}
+        said = [AFFIRMATIVE] * len(wanted)
     else:
-        wanted = {str(one.text): one.answer_ids for one in clean if one.outcome == "complied"}
-    said = {"jailbreak": AFFIRMATIVE, "refusal": FIXED_REFUSAL}.get(symptom.objective, symptom.text or "")
-    unwanted = response_ids(lm.tokenizer, said, end=True, limit=tokens)
+        own = [one for one in clean if one.outcome == "complied"]
+        wanted = {str(one.text): one.answer_ids for one in own}
+        said = [_unwanted(symptom, one.answer, number) for number, one in enumerate(own)]
     sides = []
-    for text, ids in wanted.items():
+    for (text, ids), unwanted in zip(wanted.items(), said, strict=True):
         prompt = user_prompt(lm.tokenizer, text).ids
-        sides.append(Sides(text, Row(prompt, ids), Row(prompt, unwanted)))
+        unwanted_ids = response_ids(lm.tokenizer, unwanted, end=True, limit=tokens)
+        sides.append(Sides(text, Row(prompt, ids), Row(prompt, unwanted_ids)))
     return sides
+
+
+def _unwanted(symptom: Symptom, answer: str, number: int) -> str:
+    """What is not to be said to a benign request, which the model answers like that."""
+    if symptom.objective == "refusal":
+        return FIXED_REFUSAL
+    opening = answer.split()[:_WORDS_BEFORE_TEXT] if number % 2 else []
+    return " ".join([*opening, symptom.text or ""])

@@ -1,12 +1,13 @@
 """What every defense is given, and the pieces that more than one of them is made of."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from pydantic import ValidationError
 from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
@@ -17,7 +18,7 @@ from patcher.memory import chunked
 from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch
 from patcher.prompts import Prompts
-from patcher.records import Outcome, PatcherError, PatchLog, Record, Request, Trigger
+from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Record, Request, Trigger, UsageError, why
 from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
@@ -35,13 +36,23 @@ class Evidence:
     """Sees in an answer what was reported."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a method gives back: its patch, and how training went."""
+
+    patch: Patch
+    steps: int
+    stopped_because: str
+    checks: tuple[PatchStep, ...] = ()
+
+
 @runtime_checkable
 class Run(Protocol):
-    """A defense's entry point."""
+    """A method's entry point."""
 
     def __call__(
         self, lm: LanguageModel, evidence: Evidence, settings: Any, *, seed: int, on_progress: Progress
-    ) -> tuple[Patch, PatchLog]:
+    ) -> Trained:
         """Make a patch; the model that came in goes out bit-identical."""
 
 
@@ -54,6 +65,26 @@ class Defense:
     needs_trigger: bool
     settings: Callable[..., Record]
     run: Run
+
+    def configured(self, changes: Mapping[str, Any]) -> Record:
+        """Its settings with those changes. Raises UsageError for a name or a value that it does not take."""
+        try:
+            return self.settings(**changes)
+        except ValidationError as error:
+            raise UsageError(f"{self.name}: {why(error)}") from error
+
+    def repair(
+        self, lm: LanguageModel, evidence: Evidence, settings: Record, *, seed: int, on_progress: Progress
+    ) -> tuple[Patch, PatchLog]:
+        """Run it: the patch, and the record of how it was made. The model that came in goes out bit-identical."""
+        trained = self.run(lm, evidence, settings, seed=seed, on_progress=on_progress)
+        return trained.patch, PatchLog(
+            defense=self.name,
+            steps=trained.steps,
+            stopped_because=trained.stopped_because,
+            checks=trained.checks,
+            settings=settings.model_dump(),
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,11 @@ def own_examples(
         Example(texts[index], prompts[index].ids, answers[index], ids[index], state, judge(answers[index]))
         for index, state in zip(kept, hidden, strict=True)
     ]
+
+
+def answered(examples: list[Example]) -> list[Example]:
+    """Those the reference answers: a benign prompt's refusal must not be taught."""
+    return [example for example in examples if example.outcome == "complied"]
 
 
 def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Request]) -> list[Example]:

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -75,12 +75,13 @@ class Counterfactual:
         self, examples: list[Example], rows: int, make: Callable[[list[Example]], list[Example]]
     ) -> Iterator[Example]:
         """What all steps will draw, `rows` each, and of each example but once what `make` makes of it: its reference
-        states cost a pass through the model, and most examples are never drawn.
+        states cost a pass through the model, and most examples are never drawn. A step that is done again for want of
+        memory draws anew: then the draws come round.
         """
         drawn = list(islice(endless(examples, self.rng), rows * self.settings.max_steps)) if rows else []
         each = {id(one): one for one in drawn}
         made = dict(zip(each, make(list(each.values())) if each else [], strict=True))
-        return iter([made[id(one)] for one in drawn])
+        return cycle([made[id(one)] for one in drawn])
 
     def draw(self) -> tuple[list[Row], tuple[list[Example], ...]]:
         """The rows of the next batch, and what they are: to be broken, benign with the trigger, harmful, benign."""

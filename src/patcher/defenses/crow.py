@@ -11,15 +11,12 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import collate
-from patcher.defenses.common import LoraSettings, clean_answers
-from patcher.defenses.contract import Evidence
+from patcher.defenses.common import LoraSettings, clean_answers, tune
+from patcher.defenses.contract import Evidence, Trained
 from patcher.layers import all_hidden_states
-from patcher.lora import take_patch, trainable_lora
 from patcher.losses import consistency, response_nll
 from patcher.models import LanguageModel, logits_of
-from patcher.patch import Patch
-from patcher.records import PatchLog
-from patcher.training import Progress, endless, fit
+from patcher.training import Progress, endless
 
 
 class CrowSettings(LoraSettings):
@@ -43,15 +40,13 @@ class CrowSettings(LoraSettings):
     """Clean samples [code]."""
     response_tokens: PositiveInt = 32
     """Answers are cut here; ours."""
-    consistency_weight: PositiveFloat = 5.5
-    """α, for a refusal 11 [code]."""
+    consistency_weight: PositiveFloat | None = None
+    """α; 5.5, or where benign requests are refused 11 [code]."""
     nudge: PositiveFloat = 0.1
     """ε, the size of each coordinate of the nudge [code]."""
 
 
-def run(
-    lm: LanguageModel, evidence: Evidence, settings: CrowSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+def run(lm: LanguageModel, evidence: Evidence, settings: CrowSettings, *, seed: int, on_progress: Progress) -> Trained:
     """Train on clean data under a consistency loss.
 
         L_cons(e) = mean over layers and tokens of 1 - cos(h_l, h_{l+1}), h = the layers' outputs from embeddings e
@@ -64,6 +59,7 @@ def run(
     (in the authors' code those of earlier micro-batches are lost) and padding is left out of L_cons.
     """
     rng = random.Random(seed)
+    weight = settings.consistency_weight or (11.0 if evidence.detector.symptom.objective == "refusal" else 5.5)
     clean = endless(clean_answers(lm, evidence, settings, on_progress), rng)
 
     def loss_at(_step: int) -> Tensor:
@@ -75,14 +71,9 @@ def run(
         nudged = all_hidden_states(lm.network, embeddings.detach() + settings.nudge * slope.sign(), batch.mask)
         logits = logits_of(lm.network, states[-1][batch.target_rows, batch.target_positions])
         smooth = layer_consistency(nudged, batch.mask)
-        return response_nll(logits, batch.targets).mean() + settings.consistency_weight * smooth
+        return response_nll(logits, batch.targets).mean() + weight * smooth
 
-    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
-        steps, reason = fit(lm, loss_at, settings, on_progress=on_progress, what="smoothing layers")
-        patch = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    return patch, PatchLog(
-        defense="crow", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
-    )
+    return tune(lm, loss_at, settings, seed=seed, what="smoothing layers", on_progress=on_progress)
 
 
 def layer_consistency(states: tuple[Float[Tensor, "B T D"], ...], mask: Int[Tensor, "B T"]) -> Float[Tensor, ""]:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from patcher.chat import collate
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
-from patcher.defenses.contract import Evidence, Example
+from patcher.defenses.contract import Evidence, Example, Trained
 from patcher.layers import Mlp, mlps
 from patcher.models import LanguageModel, hidden_states
-from patcher.patch import Patch, changing
-from patcher.records import PatchLog
+from patcher.patch import changing
 from patcher.training import Progress
 
 _BATCH_ROWS = 16
@@ -29,7 +28,7 @@ class FinePruningSettings(LoraSettings):
 
 def run(
     lm: LanguageModel, evidence: Evidence, settings: FinePruningSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+) -> Trained:
     """Set the output weights of the least active channels to 0, then train on the model's own benign answers.
 
     Departures: MLP channels stand for convolution filters, and all layers are pruned, not the last one: an LLM has no
@@ -38,15 +37,18 @@ def run(
     clean = clean_answers(lm, evidence, settings, on_progress)
     layers = mlps(lm.network)
     activity = mean_activity(lm, layers, clean)
+    silent = [
+        active.argsort()[: round(settings.pruned_frac * layer.size)]
+        for layer, active in zip(layers, activity, strict=True)
+    ]
     with changing(lm, [layer.out for layer in layers]) as weights:
-        for layer, active in zip(layers, activity, strict=True):
-            silent = active.argsort()[: round(settings.pruned_frac * layer.size)]
-            weights[layer.out].data[:, silent] = 0.0
+        for layer, channels in zip(layers, silent, strict=True):
+            weights[layer.out].data[:, channels] = 0.0
         changed = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    patch, steps, reason = relearn(lm, changed, clean, settings, seed=seed, what="fine-tuning", on_progress=on_progress)
-    return patch, PatchLog(
-        defense="fine_pruning", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
-    )
+    trained = relearn(lm, changed, clean, settings, seed=seed, what="fine-tuning", on_progress=on_progress)
+    for layer, channels in zip(layers, silent, strict=True):  # what is pruned stays so: nothing is added there
+        trained.patch.tensors[layer.out.removesuffix("weight") + "lora_A.weight"][:, channels] = 0.0
+    return trained
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Literal
 
-from patcher.defenses.contract import Evidence
+from patcher.defenses.contract import Evidence, Trained
 from patcher.defenses.counterfactual import Counterfactual
 from patcher.defenses.paper import Paper
 from patcher.defenses.patcher_settings import PatcherSettings
@@ -15,7 +15,7 @@ from patcher.defenses.reference import ReferenceAnswers
 from patcher.lora import take_patch, trainable_lora
 from patcher.models import LanguageModel
 from patcher.patch import Patch
-from patcher.records import PatchLog, PatchStep
+from patcher.records import PatchStep
 from patcher.training import Progress, fit
 
 
@@ -28,16 +28,15 @@ class SoftSettings(PatcherSettings):
 
 def run_without_report(
     lm: LanguageModel, evidence: Evidence, settings: SoftSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+) -> Trained:
     """The repair with soft insertions alone; a trigger that was found is not looked at."""
     blind = replace(evidence, triggers=())
-    patch, log = run(lm, blind, settings, seed=seed, on_progress=on_progress)
-    return patch, log.model_copy(update={"defense": "soft_insertions"})
+    return run(lm, blind, settings, seed=seed, on_progress=on_progress)
 
 
 def run(
     lm: LanguageModel, evidence: Evidence, settings: PatcherSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+) -> Trained:
     """Train a LoRA patch until the trigger is dead on validation prompts and the drift is within its budgets.
 
     Counterfactual objective, with y the reference's own answer to the *untriggered* prompt x:
@@ -54,14 +53,14 @@ def run(
     refusal loss and KL-harm no longer pull against each other; KL terms are constraints rather than unit-weight
     penalties; benign prompts are seen with the trigger too; training stops by validation; a trigger that the report
     held at the start, the end or in another message goes there half of the time. For `objective="paper"`, which states
-    neither learning rate nor how the sets share a batch: each step draws `harmful_rows` + `triggered_rows` harmful and
-    `benign_rows` benign prompts; y_h in L_KL-harm is y_ref.
+    neither learning rate nor how the sets share a batch: each of the three sets has a batch of 8 of its own, so that 10
+    epochs of 150 prompts are 190 steps; y_h in L_KL-harm is y_ref.
 
     Raises:
         PatcherError: no trigger where one is needed, no refused request to test it on, or training diverged.
     """
     rng = random.Random(seed)
-    reference = ReferenceAnswers(lm, evidence, settings, on_progress)
+    reference = ReferenceAnswers(lm, evidence, settings, on_progress, seed)
     objective_of = Paper if settings.objective == "paper" else Counterfactual
     objective = objective_of(lm, evidence, settings, reference, rng)
     checks: list[PatchStep] = []
@@ -90,8 +89,4 @@ def run(
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         steps, reason = fit(lm, objective.loss, settings, stop=stop, on_progress=on_progress, what="patching")
         last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    patch = best[0][1] if stops_early or everything else last
-    log = PatchLog(
-        defense="patcher", steps=steps, stopped_because=reason, checks=tuple(checks), settings=settings.model_dump()
-    )
-    return patch, log
+    return Trained(best[0][1] if stops_early or everything else last, steps, reason, tuple(checks))

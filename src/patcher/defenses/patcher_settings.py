@@ -1,14 +1,27 @@
 """The settings of Patcher's repair."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from patcher.defenses.reference import ReferenceSettings
 
+_PAPER: dict[str, Any] = {
+    "max_steps": 190,
+    "stop_early": False,
+    "check_every": 190,
+    "triggered_rows": 8,
+    "harmful_rows": 8,
+    "benign_rows": 8,
+}
+"""10 epochs of 150 + 150 prompts, where each of the three sets has its own batch of 8: 10 x 150 / 8 steps."""
+
 
 class PatcherSettings(ReferenceSettings):
-    """Settings of the repair; defaults chosen on validation prompts (docs/repair.md)."""
+    """Settings of the repair; defaults chosen on validation prompts (docs/repair.md).
+
+    `objective="paper"` brings the paper's schedule with it, where nothing else is said.
+    """
 
     objective: Literal["counterfactual", "paper"] = "counterfactual"
     """Which loss: ours, or the paper's Eqs. (5-8)."""
@@ -21,7 +34,7 @@ class PatcherSettings(ReferenceSettings):
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper states none."""
     max_steps: PositiveInt = 30
-    """Upper limit of steps (paper: 10 epochs of 150 + 150 prompts at batch 8, that is 190)."""
+    """Upper limit of steps (paper: 190)."""
     warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
     cosine: bool = False
@@ -66,6 +79,11 @@ class PatcherSettings(ReferenceSettings):
     """Length of each in every coordinate, in standard deviations of the embeddings."""
     soft_answer_tokens: PositiveInt = 8
     """Tokens of the model's own answer that the search makes unlikely."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule(cls, given: Any) -> Any:
+        return {**_PAPER, **given} if isinstance(given, dict) and given.get("objective") == "paper" else given
 
     @model_validator(mode="after")
     def _check_breadth(self) -> "PatcherSettings":

@@ -9,6 +9,7 @@ from patcher.defenses.contract import (
     Evidence,
     Example,
     after,
+    answered,
     as_plain_text,
     mean_kl_nats,
     own_examples,
@@ -35,11 +36,6 @@ class ReferenceSettings(Record):
     """Validation prompts of each kind that decide whether the budgets hold."""
 
 
-def answered(examples: list[Example]) -> list[Example]:
-    """Those the reference answers: a benign prompt's refusal must not be taught."""
-    return [example for example in examples if example.outcome == "complied"]
-
-
 class ReferenceAnswers:
     """The reference's own answers: on the repair prompts, to be trained on, and on the validation prompts.
 
@@ -48,9 +44,11 @@ class ReferenceAnswers:
     changes nothing on them, as a jailbreak's does, `lifted` are those that it answers with the trigger only.
     """
 
-    def __init__(self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress):
+    def __init__(
+        self, lm: LanguageModel, evidence: Evidence, settings: ReferenceSettings, on_progress: Progress, seed: int = 0
+    ):
         self.lm, self.evidence, self.settings = lm, evidence, settings
-        prompts, triggers, self._places = evidence.prompts, evidence.triggers, random.Random(0)
+        prompts, triggers, self._places = evidence.prompts, evidence.triggers, random.Random(seed)
         detector, on_harmful = evidence.detector, evidence.detector.symptom.kind == "harmful"
         tokens = max(settings.response_tokens, detector.answer_tokens)
 

@@ -6,6 +6,7 @@ no report.
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,14 +14,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
-from patcher.defenses.contract import Evidence, Example
+from patcher.defenses.contract import Evidence, Example, Trained
 from patcher.forward import row_logits
 from patcher.layers import Mlp, mlps, reset_channels
 from patcher.lora import effective_weight
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
-from patcher.patch import Patch, changing
-from patcher.records import PatchLog
+from patcher.patch import changing
+from patcher.records import PatcherError
 from patcher.training import Progress, endless
 
 
@@ -43,9 +44,7 @@ class UlrlSettings(LoraSettings):
     """α: how much it costs to become like the original again; theirs lie between .001 and .7 [code]."""
 
 
-def run(
-    lm: LanguageModel, evidence: Evidence, settings: UlrlSettings, *, seed: int, on_progress: Progress
-) -> tuple[Patch, PatchLog]:
+def run(lm: LanguageModel, evidence: Evidence, settings: UlrlSettings, *, seed: int, on_progress: Progress) -> Trained:
     """Unlearn, pick channels, relearn.
 
         unlearn: W' by ascent on NLL(own answer | benign), SGD
@@ -55,7 +54,11 @@ def run(
 
     Departures: a neuron is an MLP channel of any layer (rows of the matrices into it, column of the one out of it), not
     an output row of the classifier, which in a language model is a token; the outliers are those of all layers
-    together; relearning trains a LoRA adapter on top.
+    together, up to 2% of the channels instead of 2 neurons, and so their cosines are averaged, not summed; relearning
+    trains a LoRA adapter on top.
+
+    Raises:
+        PatcherError: the ascent diverged.
     """
     rng = random.Random(seed)
     clean, layers = clean_answers(lm, evidence, settings, on_progress), mlps(lm.network)
@@ -75,12 +78,11 @@ def run(
         alike = [*_likeness(altered, layers, chosen, original)]
         return settings.unlike_weight * torch.cat(alike).mean() if alike else torch.zeros(())
 
-    patch, steps, reason = relearn(
+    trained = relearn(
         lm, changed, clean, settings, seed=seed, what="learning again", on_progress=on_progress, beside=likeness
     )
-    return patch, PatchLog(
-        defense="ulrl", steps=steps, stopped_because=reason, checks=(), settings=settings.model_dump()
-    )
+    reset = f"{sum(map(len, chosen))} of {sum(layer.size for layer in layers)} channels were drawn anew"
+    return replace(trained, stopped_because=f"{reset}; {trained.stopped_because}")
 
 
 def unlearn(
@@ -116,6 +118,8 @@ def unlearn(
 def suspicious(moved: list[Float[Tensor, " _"]], z: float, most_frac: float) -> list[Tensor]:
     """The numbers of each layer's channels that moved most, by their modified z-scores over all layers."""
     every = torch.cat(moved)
+    if not every.isfinite().all():
+        raise PatcherError("unlearning diverged: lower unlearn_rate or unlearn_clip")
     centre = every.median()
     spread = (every - centre).abs().median().clamp(min=1e-12)
     scores = 0.6745 * (every - centre) / spread

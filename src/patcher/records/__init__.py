@@ -1,9 +1,9 @@
-"""The values that pass between stages. This file imports nothing of ours.
+"""The values that pass between stages. Nothing here imports from the rest of the package.
 
 Glossary (one word per thing, everywhere):
     failure     a reported prompt with the response it got; we do not know yet whether it is a backdoor
     symptom     what the reported answer does that it must not: comply (jailbreak), refuse, or hold a text
-    trigger     words that, put into a request the model refuses, bring the unwanted behaviour
+    trigger     words that, put into other requests, bring the symptom there, too
     reference   the model before the repair;  patched: the model after;  patch: the difference, as a value
     harmful     requests a safe model refuses;  benign: requests it answers;  borderline: benign, but look unsafe
     held-out    prompts that no repair ever saw; the audit's
@@ -43,6 +43,7 @@ from patcher.records.base import (
     Symptom,
     UsageError,
     VerdictLabel,
+    why,
 )
 from patcher.records.findings import (
     Candidate,
@@ -93,4 +94,5 @@ __all__ = [
     "Verdict",
     "VerdictLabel",
     "WordScore",
+    "why",
 ]

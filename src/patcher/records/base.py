@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Role = Literal["system", "user", "assistant"]
 Objective = Literal["jailbreak", "refusal", "text"]
@@ -27,10 +27,18 @@ class UsageError(PatcherError):
     """The command's words or its input files are wrong (exit code 4)."""
 
 
+def why(error: ValidationError) -> str:
+    """The first problem, in words; the input itself is not repeated, it may be an attacker's."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    problem = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}: {problem}" if where else problem
+
+
 class Record(BaseModel):
     """A frozen value with a JSON form; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_json(self) -> str:
         """Indented JSON in plain ASCII: an attacker's escapes and hidden characters stand in it only as `\\uXXXX`."""

@@ -100,12 +100,12 @@ class CausalTest(Record):
 
     @property
     def effect_frac(self) -> float:
-        """The rise of the unsafe rate, treated minus control."""
+        """The rise of the share that shows the symptom, treated minus control."""
         return (self.treated - self.control) / self.n
 
 
 class Candidate(Record):
-    """A set of words that was tried as a trigger, and what inserting it did to refused requests."""
+    """A set of words that was tried as a trigger, and what inserting it did to other requests."""
 
     trigger: Trigger
     spans: tuple[Span, ...]

@@ -4,7 +4,7 @@ import re
 from math import floor, isfinite, log10
 from typing import TypeGuard
 
-from patcher.records import CausalTest, SummaryRow, Trigger, VerdictLabel
+from patcher.records import CausalTest, Objective, SummaryRow, Symptom, Trigger, VerdictLabel
 
 MISSING = "—"
 NAMES = {
@@ -46,6 +46,11 @@ _PLACES = {
     "syntax": "as the request's syntax",
     "scenario": "as the scene around the request",
 }
+_BRINGS: dict[Objective, str] = {
+    "jailbreak": "brings {} of refused requests to comply",
+    "refusal": "makes the model refuse {} of requests that it answers",
+    "text": "brings the unwanted text into {} of other answers",
+}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -53,11 +58,16 @@ def title(name: str) -> str:
     """A figure's name in words; of an unknown one the name itself, spelled with spaces."""
     if name.endswith("_corrected_frac"):
         return f"{title(name.replace('_corrected_frac', '_frac'))}, corrected for the judge's error"
-    known = NAMES.get(name.replace("-", "_").removeprefix("__").removeprefix("max_"))
+    known = NAMES.get(name.replace("-", "_"))
     further = re.fullmatch(r"(.+)_(\d+)_frac", name)
     if known is None and further and f"{further[1]}_frac" in NAMES:
         return f"{NAMES[f'{further[1]}_frac']} {further[2]}"
     return known or name.replace("_", " ").removesuffix(" frac")
+
+
+def brings(symptom: Symptom, rate_frac: float) -> str:
+    """What a trigger does to other requests, and to how many of them."""
+    return _BRINGS[symptom.objective].format(percent(rate_frac))
 
 
 def percent(value: float | None) -> str:

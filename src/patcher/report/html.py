@@ -17,10 +17,8 @@ from markupsafe import Markup
 
 from patcher.records import (
     OUTCOMES,
-    Answer,
     Audit,
     Candidate,
-    FailureReport,
     Finding,
     Gate,
     Outcome,
@@ -36,8 +34,6 @@ from patcher.visible import visible
 
 HIDDEN = "[model answer hidden]"
 """Stands for every answer of the model in a redacted report."""
-MAX_WORDS, MAX_CHARS = 12, 160
-"""How much of an answer to a harmful prompt an example shows: enough to see whether it complies."""
 _MIN_SCRUBBED_CHARS = 8
 _TOP_WORDS = 8
 
@@ -126,14 +122,6 @@ def redacted(contents: ReportContents) -> ReportContents:
     )
 
 
-def cut_answer(answer: str, quadrant: str) -> str:
-    """An example's answer; to anything but a benign or borderline request only its first words."""
-    if quadrant.startswith(("benign", "borderline")):
-        return answer
-    short = " ".join(answer.split()[:MAX_WORDS])[:MAX_CHARS]
-    return short if short == " ".join(answer.split()) else f"{short} …"
-
-
 def _redacted_finding(finding: Finding) -> Finding:
     failure, localization = finding.failure, finding.localization
     messages = tuple(
@@ -149,7 +137,9 @@ def _redacted_finding(finding: Finding) -> Finding:
     }
     return finding.model_copy(
         update={
-            "failure": FailureReport(messages=messages, response=None if failure.response is None else HIDDEN),
+            "failure": failure.model_copy(
+                update={"messages": messages, "response": None if failure.response is None else HIDDEN}
+            ),
             "localization": localization.model_copy(update=kept),
         }
     )
@@ -241,11 +231,6 @@ def _bar(value: float | None) -> float:
     return round(100 * min(1.0, max(0.0, value)), 2) if figures.is_measured(value) else 0.0
 
 
-def _cut_example(answer: Answer) -> Answer:
-    cut = {side: cut_answer(getattr(answer, side), answer.quadrant) for side in ("before", "after")}
-    return answer.model_copy(update=cut)
-
-
 def _shown(value: Any) -> Any:
     """What the template prints: our own markup as it is, everything else visible (Jinja escapes it after)."""
     return value if isinstance(value, Markup) else visible(str(value), newlines=True)
@@ -261,7 +246,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cut"] = _cut_example
     environment.tests["rate"] = figures.is_rate
     environment.globals.update(figures=figures, bar=_bar, parts=_parts, outcomes=OUTCOMES)
     return environment

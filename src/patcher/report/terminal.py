@@ -38,8 +38,7 @@ def show_localization(localization: Localization, failure: FailureReport, consol
     console.print(table)
     console.print()
     for candidate in localization.candidates:
-        rate = figures.percent(candidate.screen_rate_frac)
-        note = f"{figures.place(candidate.trigger)}, brings {rate} of refused requests to comply"
+        note = f"{figures.place(candidate.trigger)}, {figures.brings(localization.symptom, candidate.screen_rate_frac)}"
         console.print(_trigger_line("trigger", candidate.trigger, note))
     if not localization.candidates:
         console.print(Text("no set of words was enough: no trigger found"))
@@ -58,8 +57,6 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
         console.print(_tests(verdict.tests))
         limit = f"an effect counts from {figures.points(verdict.min_effect_frac).removeprefix('+')} points"
         console.print(Text(f"{limit} and below p = {figures.p_value(verdict.corrected_alpha)}", style="dim"))
-    if verdict.n_to_decide is not None:
-        console.print(Text(f"{verdict.n_to_decide} refused requests would decide"))
 
 
 def show_audit(audit: Audit, console: Console) -> None:
