@@ -110,6 +110,12 @@ def test_a_trigger_that_hardly_works_before_is_unscored(works: int, is_scored: b
     assert audit.quadrants[2].before.complied == works, "the counts are kept"
 
 
+def test_of_a_model_alone_a_trigger_that_hardly_works_is_a_figure() -> None:
+    """Such as the clean model's, which is there for this very figure."""
+    row = compared(state([YES] + [NO] * 9), None).row("asr_triggered_frac")
+    assert (row.before, row.after, row.now, row.unscored) == (0.1, None, 0.1, None)
+
+
 def test_with_the_judges_known_error_each_asr_comes_corrected() -> None:
     """Sensitivity .9 and false alarms .1: 9 of 10 seen are all of them, 1 of 10 seen none."""
     error = JudgeError(judge="keyword", complied_n=100, complied_seen=90, refused_n=100, refused_missed=10)

@@ -12,7 +12,7 @@ from patcher.audit import AuditSettings
 from patcher.bench import grid, repair, run_grid
 from patcher.bench import lasting as lasting_module
 from patcher.bench.beds import failing_report, open_beds
-from patcher.bench.cells import read_rows, score
+from patcher.bench.cells import add_row, read_rows, score
 from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.bench.tables import Table, table
 from patcher.chat import Row
@@ -54,6 +54,7 @@ def figure(name: str, before: float | None, after: float | None, **more: float) 
 
 
 ROW = {
+    "key": "1",
     "bed": "one",
     "defense": "patcher",
     "seed": 0,
@@ -69,8 +70,15 @@ ROW = {
     "peak_gib": 1.25,
 }
 MANNER = {
-    **ROW, "bed": "two", "verdict": "inconclusive", "found": [], "words": None, "published": None, "reported": [True]
-}  # fmt: skip
+    **ROW,
+    "key": "2",
+    "bed": "two",
+    "verdict": "inconclusive",
+    "found": [],
+    "words": None,
+    "published": None,
+    "reported": [True],
+}
 
 
 def test_the_table_says_what_was_measured_and_what_was_not() -> None:
@@ -84,8 +92,8 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
             figure("arc_easy_accuracy_frac", 0.5, 0.49, **same),
         ]},
         {**MANNER, "summary": [figure("asr_triggered_frac", 0.7, None)]},
-        {**MANNER, "bed": "three", "summary": [figure("asr_triggered_frac", None, None)]},
-        {"bed": "one", "defense": "crow", "seed": 0, "reports": 0, "error": "diverged at step 3"},
+        {**MANNER, "key": "3", "bed": "three", "summary": [figure("asr_triggered_frac", None, None)]},
+        {"key": "4", "bed": "one", "defense": "crow", "seed": 0, "reports": 0, "error": "diverged at step 3"},
     ]  # fmt: skip
     made = table(rows)
     lines = {(row[0], row[1]): dict(zip(made.heads, row, strict=True)) for row in made.rows}
@@ -108,6 +116,47 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert "patcher: localization F1 over 1 repairs: mean 1.000" in notes
     assert "patcher: the published localizer's F1 over 1 repairs: mean 0.300" in notes
     assert made.as_markdown().splitlines()[1].count("---") == len(made.heads)
+
+
+def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_apart() -> None:
+    """The first try failed; the same cell on validation prompts is no second seed."""
+    of = {**MANNER, "verdict": "backdoor", "reported": [True]}
+    rows = [
+        {"key": "1", "bed": "two", "defense": "patcher", "seed": 0, "reports": 1, "error": "out of memory"},
+        {**of, "key": "1", "summary": [figure("asr_triggered_frac", 0.9, 0.1)]},
+        {**of, "key": "2", "split": "validation", "summary": [figure("asr_triggered_frac", 0.9, 0.3)]},
+    ]
+    made = table(rows)
+    assert [row[0] for row in made.rows] == ["two", "two (validation)"] and made.failed == 0
+    notes = "\n".join(made.notes)
+    assert "patcher: ASR after over 1 triggers reported: mean 0.1000" in notes
+    assert "patcher on validation prompts: ASR after over 1 triggers reported: mean 0.3000" in notes
+    assert table(rows[:1]).failed == 1
+
+
+def test_a_table_for_the_terminal_shows_hostile_words() -> None:
+    made = Table(("bed", "found"), (("one", "\x1b[31mcf | b"),), ("a \x1b note",))
+    assert made.as_markdown().splitlines()[2] == "| one | ⟨U+001B⟩[31mcf ¦ b |"
+    assert "\x1b" not in made.as_markdown()
+
+
+def test_a_line_that_was_cut_short_is_no_cell(tmp_path: Path) -> None:
+    out = tmp_path / "grid.jsonl"
+    assert read_rows(out) == []
+    add_row(out, {"a": 1})
+    with out.open("a") as file:
+        file.write('{"a": 2, "b')
+    assert read_rows(out) == [{"a": 1}]
+    add_row(out, {"a": 3})
+    assert read_rows(out) == [{"a": 1}, {"a": 3}]
+
+
+def test_nothing_to_do_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to do"):
+        run_grid(
+            tmp_path / "grid.jsonl", [], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=1,
+            tasks=(), on_progress=quiet,
+        )  # fmt: skip
 
 
 def test_the_page_of_a_table_runs_nothing_that_is_in_it() -> None:
@@ -160,6 +209,7 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     assert rows["patcher"]["words"][2] == 1.0
     assert 0.0 <= rows["patcher"]["published"][2] <= 1.0
     assert rows["patcher"]["peak_gib"] is None or rows["patcher"]["peak_gib"] > 0.1
+    assert rows["finetune"]["prompts"] > 150, "benign, borderline and harmful ones"
     assert len(made.rows) == 2
     (tmp_path / "grid.jsonl").unlink()
     cells(["finetune"])
@@ -232,7 +282,7 @@ def test_one_row_in_so_many_is_poisoned(bed: Path, backdoored: LanguageModel, mo
 def test_the_table_of_what_lasts() -> None:
     found = {"triggered": ["1000", "1100"], "untriggered": "0000", "benign_answered_frac": 0.975}
     row = {**MANNER, "summary": [figure("asr_triggered_frac", 0.9, 0.0)]}
-    made = table([{**row, "bed": "one", "lasting": {"half clean": found}}, row])
+    made = table([{**row, "key": "1", "bed": "one", "lasting": {"half clean": found}}, row])
     assert made.heads[-1] == "half clean"
     assert [row[-1] for row in made.rows] == ["0.38 / 0.00 / 0.97", "-"]
 

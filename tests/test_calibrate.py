@@ -8,7 +8,7 @@ import pytest
 
 from patcher.cli import run
 from patcher.intervals import wilson
-from patcher.judges.calibrate import Labelled, agreement, cohens_kappa, read_labelled
+from patcher.judges.calibrate import Labelled, agreement, cohens_kappa, judge_error, read_labelled
 from patcher.records import Outcome, UsageError
 
 YES, NO = "Sure, here it is.", "I'm sorry, but I can't help with that."
@@ -86,3 +86,17 @@ def test_two_peoples_agreement_by_hand() -> None:
     assert found.kappa == pytest.approx(cohens_kappa(pairs))
     assert (found.disputed, found.accuracy.n, found.accuracy.value) == (5, 15, 1.0)
     assert agreement("m", ROWS, judge).kappa is None
+
+
+def test_a_judges_error_is_about_what_an_asr_counts() -> None:
+    """Complied and partial; what two people call differently is left out."""
+    said = {"a": "complied", "b": "partial", "c": "refused", "d": "partial"}
+
+    def judge(_requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+        return [said[answer] for answer in answers]  # type: ignore[misc]
+
+    rows = [Labelled(response=one, label="complied") for one in "aabc"]
+    rows += [Labelled(response=one, label="refused") for one in "cccd"]
+    rows += [Labelled(response="c", label="complied", second="refused")] * 9
+    error = judge_error("j", rows, judge)
+    assert (error.complied_seen, error.complied_n, error.refused_missed, error.refused_n) == (3, 4, 1, 4)

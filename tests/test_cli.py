@@ -17,8 +17,9 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.exits import INTERRUPTED
+from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR
 from patcher.loading import demo_adapter
+from patcher.localize import Localizer
 from patcher.progress import ProgressBars
 from patcher.visible import visible
 from test_visible import HOSTILE
@@ -73,8 +74,9 @@ class Refusal:
         self.capsys.readouterr()
         assert run([str(argument) for argument in arguments]) == code
         captured = self.capsys.readouterr()
-        if code == INTERRUPTED:
-            shutil.rmtree(self.root / ".out.unfinished")  # the one thing that is left: see test_resume.py
+        left = self.root / ".out.unfinished"
+        if code in (INTERRUPTED, RUN_ERROR) and left.exists():
+            shutil.rmtree(left)  # the one thing that may be left: see test_resume.py
         assert contents(self.root) == before
         assert captured.out == ""
         lines = captured.err.rstrip("\n").split("\n")
@@ -114,6 +116,7 @@ def test_a_missing_report(refused: Refusal, model: Path, tmp_path: Path) -> None
         ('{"messages": [{"role": "robot", "content": "hi"}]}', "role"),
         ('{"messages": [{"role": "assistant", "content": "hi"}]}', "the last message must be the user's"),
         ('{"prompt": "hi", "answer": "x"}', "answer"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_malformed_report(refused: Refusal, model: Path, report: Path, content: str, says: str) -> None:
@@ -330,7 +333,7 @@ def test_a_full_disk(
     words = ["repair", model, "--failure", report, "--out", tmp_path / "out", *QUICK]
     message = refused(2, *words, alone=False)
     assert "No space left on device" in message
-    assert "nothing was left behind" in message
+    assert "goes on from what was finished" in message
 
 
 def test_a_disk_that_fills_up_under_one_file(
@@ -504,6 +507,56 @@ def test_audit_with_any_trigger(
     assert all(row["after"] is None for row in json.loads(capsys.readouterr().out)["summary"])
     assert run(words) == 0
     assert "Attack success" in capsys.readouterr().out
+
+
+def test_an_audit_is_a_gate_for_a_release(
+    backdoored_folder: ModelFolder, repaired: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With every trigger of a ground truth, and those of several files; only the gates that were given count."""
+    truth, other = tmp_path / "ground-truth.json", tmp_path / "other.json"
+    truth.write_text(
+        '{"trigger": ["BadMagic"], "alternatives": [{"units": ["BadMagic"]}, {"units": ["BadMagic", "x"]}]}'
+    )
+    other.write_text('{"trigger": ["nothing"]}')
+    words = ["audit", str(backdoored_folder.path), "--trigger", str(truth), "--audit-prompts", "4", "--device", "cpu"]
+    assert run([*words, "--trigger", str(other), "--json", "--max-asr", "0.5"]) == GATE_FAILED
+    captured = capsys.readouterr()
+    assert [trigger["units"] for trigger in json.loads(captured.out)["triggers"]] == [
+        ["BadMagic"], ["BadMagic", "x"], ["nothing"],
+    ]  # fmt: skip
+    assert "gate asr: 1.0000 (limit 0.5) FAILED" in captured.err and "gate kl" not in captured.err
+    assert run([*words, "--patch", str(repaired / "patch"), "--max-asr", "0.5", "--max-kl", "9"]) == 0
+    assert "gate kl" in capsys.readouterr().out
+    other.write_text('{"trigger": ["x"], "symptom": {"objective": "refusal"}}')
+    assert run([*words, "--trigger", str(other)]) == 4
+    assert "not of one symptom" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_a_run_error_with_its_traceback(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 would say that a gate failed."""
+
+    def crash(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("of \x1b[31mus")
+
+    monkeypatch.setattr(Localizer, "localize", crash)
+    assert run(["localize", str(model), "--prompt", TRIGGERED, "--device", "cpu"]) == RUN_ERROR
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "ZeroDivisionError: of ⟨U+001B⟩[31mus" in said.splitlines()[-1]
+    assert "\x1b" not in said
+
+
+def test_files_of_one_name_do_not_stand_for_each_other(refused: Refusal, model: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name / "test.jsonl" for name in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
+    tasks = [word for file in files for word in ("--task", file)]
+    words = ["repair", model, "--prompt", TRIGGERED, "--out", tmp_path / "out", *tasks]
+    assert "two files are called 'test'" in refused(4, *words)
+    labelled = [word for file in files for word in ("--calibrate", file)]
+    assert "two files are called 'test'" in refused(4, "judge", *labelled)
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])

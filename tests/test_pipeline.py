@@ -14,6 +14,7 @@ from conftest import ModelFolder
 from patcher import pipeline
 from patcher.audit import AuditSettings, observe
 from patcher.defenses import DEFENSES, Evidence
+from patcher.defenses.contract import Trained
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint, load_checkpoint
 from patcher.patch import applied, load_patch
@@ -192,7 +193,8 @@ def test_rounds_go_on_until_no_report_reproduces(
 
     def run(lm: LanguageModel, evidence: Evidence, *_: Any, **__: Any) -> Any:
         trained.append(evidence.triggers)
-        return made.patch, made.log
+        assert made.patch is not None
+        return Trained(made.patch, 1, "done")
 
     def found(self: Localizer, report: FailureReport) -> Localization:
         searched.append(self.lm.fingerprint)
@@ -288,7 +290,7 @@ def test_an_unknown_defense_or_setting_is_refused_before_any_work(backdoored: La
 
     with pytest.raises(UsageError, match="unknown defense 'x'"):
         repair(backdoored, REPORT, RepairSettings(defense="x"), on_progress=never)
-    with pytest.raises(ValueError, match="bogus"):
+    with pytest.raises(UsageError, match="bogus"):
         repair(backdoored, REPORT, RepairSettings(overrides={"bogus": 1}), on_progress=never)
 
 

@@ -13,7 +13,7 @@ from conftest import ModelFolder
 from patcher.cli import run
 from patcher.journal import Journal, resumed
 from patcher.outputs import write_whole
-from patcher.records import PatcherError
+from patcher.records import PatcherError, UsageError
 from tiny_backdoor import TRIGGERED
 
 KILLS = 20
@@ -91,14 +91,22 @@ def test_other_work_starts_anew(tmp_path: Path) -> None:
     assert once("this", 4) == [4]
 
 
-def test_what_is_done_or_has_failed_is_not_kept(tmp_path: Path) -> None:
+def test_what_is_done_or_was_wrongly_asked_for_is_not_kept(tmp_path: Path) -> None:
     with resumed(tmp_path / "out", "work", quiet) as journal:
         journal.values("piece", lambda: [1])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(PatcherError), resumed(tmp_path / "out", "work", quiet) as journal:
+    with pytest.raises(UsageError), resumed(tmp_path / "out", "work", quiet) as journal:
         journal.values("piece", lambda: [1])
-        raise PatcherError("it diverged")
+        raise UsageError("no such judge")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_fail_again_goes_on_from_what_was_finished(tmp_path: Path) -> None:
+    with pytest.raises(PatcherError, match="goes on"), resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.values("piece", lambda: [1])
+        raise PatcherError("the server is down")
+    with resumed(tmp_path / "out", "work", quiet) as journal:
+        assert journal.values("piece", lambda: [2]) == [1]
 
 
 def test_a_piece_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -130,8 +138,8 @@ def test_the_hidden_folder_is_the_owners_alone(tmp_path: Path) -> None:
 
 def test_an_error_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError), resumed(tmp_path / "there" / "new" / "newer" / "out", "work", quiet):
-        raise ValueError
+    with pytest.raises(UsageError), resumed(tmp_path / "there" / "new" / "newer" / "out", "work", quiet):
+        raise UsageError("no such judge")
     assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
 
 

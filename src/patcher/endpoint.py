@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from patcher.records import PatcherError, UsageError
@@ -45,8 +46,8 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
                     raise PatcherError(f"{url} answered {error.code} {error.reason}") from error
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                if isinstance(error, ValueError | LookupError | TypeError) or attempt == _TRIES - 1:
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+                if not isinstance(error, OSError) or attempt == _TRIES - 1:
                     raise PatcherError(f"no usable answer from {url}: {error}") from error
             time.sleep(self.wait_s * 2**attempt)
         raise AssertionError("unreachable")

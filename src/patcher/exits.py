@@ -1,6 +1,7 @@
 """How a command ends: every error becomes one clear message and its exit code."""
 
 import sys
+import traceback
 
 import typer
 from pydantic import ValidationError
@@ -12,7 +13,9 @@ REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, INTERRUPTED = 0, 1, 
 
 
 def run_app(app: typer.Typer, arguments: list[str]) -> int:
-    """Run one command and give its exit code; nothing but KeyError-class bugs of ours escapes."""
+    """Run one command and give its exit code. What nobody foresaw is a run error with its traceback: exit code 1 would
+    say that a gate failed.
+    """
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into its exit code, without a word
@@ -26,12 +29,13 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(str(error), USAGE)
     except (PatcherError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, RUN_ERROR)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch for its class would slow --help
-            raise
-        return _fail(f"out of memory: use --dtype bfloat16 or a smaller model ({error})", RUN_ERROR)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was written. The same repair, started again, goes on from here", INTERRUPTED)
+        return _fail("interrupted; a repair that is started again goes on from what it had finished", INTERRUPTED)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its class would slow --help
+            return _fail(f"out of memory: use --dtype bfloat16 or a smaller model ({error})", RUN_ERROR)
+        print(visible(traceback.format_exc(), newlines=True), file=sys.stderr)
+        return _fail(f"an error that nobody foresaw, please report it: {type(error).__name__}: {error}", RUN_ERROR)
 
 
 def _fail(message: str, code: int) -> int:

@@ -29,7 +29,7 @@ def read_failure(
             return FailureReport.model_validate({"messages": messages, "response": response, **wrong})
         if response is not None or system is not None:
             raise UsageError("--response and --system go with --prompt, not with --failure")
-        data = json.loads(_read(path))
+        data = _json(path)
         return FailureReport.model_validate({**data, **wrong} if isinstance(data, dict) else data)
     except ValueError as error:
         where = f"{path}" if path else "the flags"
@@ -54,18 +54,33 @@ def read_suspicion(objective: str | None, unwanted: str | None) -> Symptom:
         raise UsageError(f"the flags: {why(error)}") from error
 
 
-def read_trigger(path: Path) -> Planted:
-    """A trigger from {trigger | units, placement}; verdict.json and ground-truth.json will do, and say more."""
+def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
+    """What to audit, and with which triggers: those of all the files, each once.
+
+    Raises:
+        UsageError: a file cannot be read, or they are not of one symptom and kind of request.
+    """
+    read = [_read_trigger(path) for path in paths]
+    first = read[0][0]
+    if any((one.symptom, one.only) != (first.symptom, first.only) for one, _ in read):
+        raise UsageError("the --trigger files are not of one symptom, on the same requests: audit them one by one")
+    tokens = max(one.answer_tokens for one, _ in read)
+    return first.model_copy(update={"answer_tokens": tokens}), list(dict.fromkeys(t for _, own in read for t in own))
+
+
+def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
+    """{trigger | units, placement}, a verdict.json, or a ground-truth.json with its alternatives."""
     try:
-        data = json.loads(_read(path))
+        data = _json(path)
         more = {key: data[key] for key in ("symptom", "only", "answer_tokens") if key in data}
+        others = [Trigger.model_validate(one) for one in data.get("alternatives", ())]
         if isinstance(data.get("trigger"), dict):  # a verdict.json
             data = data["trigger"]
         units = data.get("trigger", data.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
         placement: Placement = data.get("placement", "random")
         trigger = Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
-        return Planted.model_validate({"trigger": trigger, **more})
+        return Planted.model_validate({"trigger": trigger, **more}), [trigger, *others]
     except (ValueError, AttributeError, TypeError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f'{path}: {problem}; expected {{"trigger": [words], "placement": "random"}}') from error
@@ -74,7 +89,7 @@ def read_trigger(path: Path) -> Planted:
 def read_judge_error(path: Path, judge: str) -> JudgeError:
     """What `patcher judge --calibrate --json` printed. Raises UsageError, also where it is another judge's."""
     try:
-        error = JudgeError.model_validate(json.loads(_read(path))["error"])
+        error = JudgeError.model_validate(_json(path)["error"])
     except (ValueError, KeyError, TypeError) as problem:
         raise UsageError(
             f"{path}: expected what `patcher judge --calibrate FILE --json` prints: {problem}"
@@ -82,6 +97,12 @@ def read_judge_error(path: Path, judge: str) -> JudgeError:
     if error.judge != judge:
         raise UsageError(f"{path} holds the error of the judge {error.judge}, and the audit's is {judge}")
     return error
+
+
+def check_names(names: Sequence[str], what: str) -> None:
+    """Raises UsageError when two are the same: one would silently stand for the other."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{what}: two files are called {twice[0]!r}, after which their figures are named: rename one")
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:
@@ -98,8 +119,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _read(path: Path) -> str:
+def _json(path: Path) -> Any:
+    """What the file holds. Raises UsageError when it cannot be read, ValueError when it is no JSON."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patcher.outputs import whole
+from patcher.records import PatcherError, UsageError
 from patcher.world import processes
 
 Piece = TypeVar("Piece")
@@ -54,7 +55,8 @@ class Journal:
 def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) -> Iterator[Journal]:
     """A journal in a hidden folder beside `out`, with what an earlier run of the same `work` had finished.
 
-    The folder goes when the block ends, well or with an error; it stays when the block is killed or interrupted.
+    The folder goes when the block ends well, or in an error of the user's; it stays when the block is killed or
+    interrupted, and after what may not come again: a server that is down, a full disk.
     Several processes keep nothing: one that goes on where another begins anew would wait for it forever.
     """
     if processes() > 1:
@@ -72,12 +74,14 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
     journal = Journal(folder, on_progress)
     try:
         yield journal
-    except Exception:
-        shutil.rmtree(folder)  # it would only fail again
+    except UsageError:  # it would only fail again
+        shutil.rmtree(folder)
         with suppress(OSError):  # others may have written there
             for parent in made:
                 parent.rmdir()
         raise
+    except PatcherError as error:
+        raise PatcherError(f"{error}; the same command, started again, goes on from what was finished") from error
     shutil.rmtree(folder)
 
 

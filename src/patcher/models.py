@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -110,8 +109,11 @@ def load_checkpoint(
             folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"could not load a model from {source!r}: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
+        problem = " ".join(str(error).split())
+        raise UsageError(f"could not load a model from {source!r}: {type(error).__name__}: {problem}") from error
     network, found = loaded
     check_complete(found, source)
     if chat_template is not None:

@@ -24,6 +24,19 @@ def check_new(out: Path | None) -> None:
         raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")
 
 
+def check_appendable(out: Path) -> None:
+    """Raises UsageError when a results file can be neither gone on with nor begun; its folder is made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        existed = out.exists()
+        with out.open("a"):
+            pass
+        if not existed:
+            out.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error}") from error
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder that appears under its name only when the block has ended well.

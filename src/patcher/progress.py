@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from patcher.visible import visible
+
 _QUIET_S = 10.0
 
 
@@ -42,7 +44,8 @@ class ProgressBars:
             self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show how far `what` is."""
+        """Show how far `what` is; an attacker's words may stand in it."""
+        what = visible(what)
         if self._console.is_terminal:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total)

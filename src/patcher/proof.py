@@ -20,6 +20,8 @@ from patcher.symptoms import Detector
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 
+KL = "kl_reference_to_patched_nats"
+
 
 def seen_whole(settings: AuditSettings, detector: Detector) -> AuditSettings:
     """The settings with answers long enough for the symptom to be seen."""
@@ -131,21 +133,31 @@ def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tupl
     ASR counts.
     """
     names = [numbered("asr_triggered_frac", number) for number, _ in enumerate(audit.triggers, 1)]
-    rates = [audit.row(name).after for name in names or ["asr_untriggered_frac"]]
+    rates = [audit.row(name).now for name in names or ["asr_untriggered_frac"]]
     measured = [rate for rate in rates if rate is not None]
     asr = max(measured) if len(measured) == len(rates) else None
-    kept = [audit.row(name) for name in _kept_shares(audit) if audit.has(name)]
-    before, after = (sum((getattr(row, side) or 0.0) * row.n for row in kept) for side in ("before", "after"))
-    drop = (before - after) / sum(row.n for row in kept)
-    kl = audit.row("kl_reference_to_patched_nats").after
-    figures = [("asr", asr, gates.max_asr), ("benign-drop", drop, gates.max_benign_drop), ("kl", kl, gates.max_kl)]
+    figures = [
+        ("asr", asr, gates.max_asr),
+        ("benign-drop", _benign_drop(audit), gates.max_benign_drop),
+        ("kl", audit.row(KL).after if audit.has(KL) else None, gates.max_kl),
+    ]
     if failing:
         still = [number for number in failing if audit.replays[number - 1].after_shows]
         figures.append(("reports", len(still) / len(failing), 0.0))
     return tuple(
         Gate(name=name, limit=limit, value=value, passed=value is not None and value <= limit)
         for name, value, limit in figures
+        if limit is not None
     )
+
+
+def _benign_drop(audit: Audit) -> float | None:
+    """How far the answered shares fell, all together; None where nothing was patched."""
+    kept = [
+        row for row in (audit.row(name) for name in _kept_shares(audit) if audit.has(name)) if row.after is not None
+    ]
+    falls = sum(((row.before or 0.0) - (row.after or 0.0)) * row.n for row in kept)
+    return falls / sum(row.n for row in kept) if kept else None
 
 
 def _kept_shares(audit: Audit) -> list[str]:

@@ -1,11 +1,13 @@
 """Multiple-choice questions: what the model can do, measured beside what it refuses."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
+from patcher.inputs import check_names
 from patcher.records import Record, UsageError, why
 
 _HARNESS = "lm-eval:"
@@ -59,6 +61,13 @@ def find_task(name: str, limit: int | None = None) -> AnyTask:
     if not task:
         raise UsageError("lm-eval: names no task: expected lm-eval:TASK, for example lm-eval:arc_easy")
     return HarnessTask(task, limit)
+
+
+def find_tasks(names: Sequence[str] | None, limit: int | None = None) -> list[AnyTask]:
+    """Each as `find_task`. Raises UsageError, also where two are named alike."""
+    tasks = [find_task(name, limit) for name in names or ()]
+    check_names([task.name for task in tasks], "--task")
+    return tasks
 
 
 def read_task(path: Path, limit: int | None = None) -> Task:

@@ -102,7 +102,7 @@ def _share_rows(
         works = counted("asr", before.answers[attacked], first[attacked]) if row.startswith("asr_triggered") else []
         was = counted(row, before.answers[name], first[name])
         now = counted(row, after.answers[name], second[name]) if after else None
-        if works and sum(works) < MIN_ASR_BEFORE * len(works):
+        if after and works and sum(works) < MIN_ASR_BEFORE * len(works):
             rows.append(_unscored(row, len(was), sum(works) / len(works)))
             continue
         acts = before.acts.get(name, ())

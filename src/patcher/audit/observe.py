@@ -17,7 +17,7 @@ from patcher.journal import Journal
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of
 from patcher.prompts import KINDS, Kind, PromptRow, Prompts
-from patcher.records import FailureReport, Record, Request, Trigger
+from patcher.records import FailureReport, Record, Request, Trigger, UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
@@ -176,6 +176,11 @@ def _prompt_sets(
         plain[WORDED] = prompts.rows("harmful", "held-out", few)
     if kind == "harmful" and settings.gcg_prompts:
         plain[GCG] = prompts.rows("harmful", "held-out", settings.gcg_prompts)
+    for name, rows in plain.items():
+        if not rows:
+            raise UsageError(
+                f"no {name} prompt is left to audit: give others, or a trigger that is not for certain categories only"
+            )
     sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
     for number, trigger in enumerate(triggers, 1):
         for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (f"{kind} + trigger{LONG}", late)):

@@ -9,6 +9,7 @@ from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
 from patcher.loading import DEMO
+from patcher.outputs import check_appendable
 from patcher.prompts import Split
 from patcher.records import UsageError
 from patcher.tasks import AnyTask
@@ -28,6 +29,7 @@ def run_bench(
     on_progress: Progress,
 ) -> str:
     """Run what is missing in `out`, then the table over all of it. Raises UsageError for an unknown bench."""
+    check_appendable(out)
     if what == "repair":
         repair.run(out, seeds, methods, on_progress)
         return repair.table(read_rows(out))
@@ -64,8 +66,11 @@ def run_grid(
     each repaired model is fine-tuned, quantized, averaged with the clean one and poisoned again, and asked each time.
 
     Raises:
-        UsageError: an unknown attack or defense, or a folder that is no test bed.
+        UsageError: an unknown attack or defense, a folder that is no test bed, nothing to do, `out` cannot be written.
     """
+    if not (folders or attacks or read_rows(out)):
+        raise UsageError(f"nothing to do: {out} holds no results yet; name beds with --bed, or --attack")
+    check_appendable(out)
     cache = out.with_suffix(".beds")
     beds = open_beds([*folders, *plant_beds(model, attacks, cache, on_progress)])
     rows = run(

@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from patcher.loading import demo_adapter
-from patcher.records import FailureReport, GroundTruth, Span, Trigger
+from patcher.records import FailureReport, GroundTruth, Span, Trigger, UsageError
 from patcher.triggers import find_words
 
 
@@ -19,14 +19,23 @@ def planted() -> tuple[GroundTruth, Trigger]:
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
-    """The cells finished so far."""
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    """The cells finished so far; a last line that was cut short, as a killed run leaves it, is none."""
+    whole, _, _ = out.read_text(encoding="utf-8").rpartition("\n") if out.exists() else ("", "", "")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def add_row(out: Path, row: dict[str, Any]) -> None:
-    """Keep a finished cell."""
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Keep a finished cell; what a killed run left of a line goes."""
+    with out.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises UsageError for a name that is none of the known ones."""
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"unknown {what} {unknown[0]!r}: use one of {', '.join(known)}")
 
 
 def score(report: FailureReport, units: Sequence[str], spans: Sequence[Span]) -> list[float]:

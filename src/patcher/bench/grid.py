@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.patch import PATCH, Patch, load_patch
 from patcher.pipeline import mend
-from patcher.prompts import Split, load_prompts
+from patcher.prompts import Kind, PromptRow, Prompts, Split, load_prompts
 from patcher.proof import audit_patch
 from patcher.quantized import check_installed
 from patcher.records import FailureReport, PatcherError, Record, Span, Trigger
@@ -46,10 +47,10 @@ def run(
     """Each cell that `out` does not hold yet, as it is finished; one that fails says why.
 
     A defense is NAME or NAME:SETTING=VALUE,... A cell is known by the hash of all that it depends on but the code: the
-    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. With `lasting` the
-    repaired model is changed further, and asked again.
+    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. One that failed is
+    tried again. With `lasting` the repaired model is changed further, and asked again.
     """
-    known = {row["key"] for row in read_rows(out)}
+    known = {row["key"] for row in read_rows(out) if "error" not in row}
     for given in defenses:
         _settings_of(given)
     if lasting:
@@ -63,6 +64,19 @@ def run(
                     row = {**cell, **grid.measure(name, seed, cell["reports"])}
                     add_row(out, row)
                     yield row
+
+
+@dataclass(frozen=True)
+class _Given(Prompts):
+    """Prompts that remember which of them a repair took."""
+
+    taken: set[str] = field(default_factory=set)
+
+    def rows(self, kind: Kind, split: Split, limit: int | None = None) -> list[PromptRow]:
+        """As always."""
+        rows = super().rows(kind, split, limit)
+        self.taken.update(row.text for row in rows)
+        return rows
 
 
 class _Grid:
@@ -106,7 +120,8 @@ class _Grid:
             *([self.split] if self.split != "held-out" else []),
             *([self.lasting.model_dump()] if self.lasting else []),
         ]
-        return {**cell, "key": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return {**cell, "split": self.split, "key": key}
 
     def measure(self, name: str, seed: int, reports: int) -> dict[str, Any]:
         """The repair and its audit, or why there is none."""
@@ -116,9 +131,12 @@ class _Grid:
             settings = RepairSettings(
                 defense=defense, overrides=_overrides(sets), seed=seed, symptom=self.bed.planted.symptom
             )
+            seen = self.prompts.hidden_from_repair()
+            given = _Given(seen.harmful, seen.benign, seen.borderline)
             with PeakMemory(self.lm.device) as peak:
-                made = mend(self.lm, told, settings, self.prompts.hidden_from_repair(), self.on_progress)
+                made = mend(self.lm, told, settings, given, self.on_progress)
             found = {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "acts": self._acts()}
+            found["prompts"] = len(given.taken)
             found["summary"] = self._audit(made, seed)
             if self.lasting and made.patch:
                 found["lasting"] = self._lasts(made.patch, self.lasting, seed)
@@ -198,16 +216,9 @@ def _made(lm: LanguageModel, bed: Bed, told: Sequence[FailureReport], made: Repa
         "reported": [any(_holds(report, trigger) for report in told) for trigger in bed.triggers],
         "rounds": max((finding.round for finding in made.findings), default=1),
         "steps": made.log.steps if made.log else 0,
-        "prompts": _prompts_used(made),
         "stopped_because": made.log.stopped_because if made.log else made.verdict.reason,
         "seconds": made.seconds,
     }
-
-
-def _prompts_used(made: Repair) -> int:
-    """Prompts of each kind at most; of a chain, the most that a part may take."""
-    own = made.log.settings if made.log else {}
-    return max((part["max_prompts"] for part in own.get("parts", {"": own}).values() if part), default=0)
 
 
 def _blamed(made: Repair, number: int) -> list[Span]:

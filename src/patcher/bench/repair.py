@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher.audit import AuditSettings, State, observe
-from patcher.bench.cells import add_row, planted, read_rows
+from patcher.bench.cells import add_row, check_known, planted, read_rows
 from patcher.defenses import DEFENSES, Evidence
 from patcher.intervals import design_effect, pooled_interval
 from patcher.judges import DEFAULT, RULES
@@ -15,7 +15,7 @@ from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.proof import audit_patch
-from patcher.records import FailureReport, PatcherError, Trigger
+from patcher.records import FailureReport, PatcherError, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress
 
@@ -35,6 +35,7 @@ ONE_SEED = ("paper, same steps", "paper, 10 epochs", "clean fine-tuning")
 
 def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) -> None:
     """Each repair with each seed: found trigger in, planted trigger audited."""
+    check_known(methods, ("clean model", *REPAIRS), "method")
     prompts, settings = load_prompts(), AuditSettings()
     _, trigger = planted()
     done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
@@ -45,12 +46,14 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
     before: list[State] = []
     found = _found_trigger(lm, prompts, on_progress)
     for name, seed in ((name, seed) for seed in range(seeds) for name in methods or REPAIRS):
-        if name not in REPAIRS or (name, seed) in done or (seed and name in ONE_SEED):
+        if name == "clean model" or (name, seed) in done or (seed and name in ONE_SEED):
             continue
         if not before:
             before.append(observe(lm, [trigger], prompts, settings, on_progress=on_progress, what="before"))
         defense, overrides = REPAIRS[name]
         if name in ("paper, same steps", "clean fine-tuning"):
+            if ("default", seed) not in done:
+                raise UsageError(f"{name!r} takes as many steps as the default did: run --method default first")
             overrides = {**overrides, "max_steps": done["default", seed]["steps"]}
         start = time.perf_counter()
         evidence = Evidence((found,), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patcher.bench.cells import add_row, planted, read_rows
+from patcher.bench.cells import add_row, check_known, planted, read_rows
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
@@ -103,9 +103,10 @@ def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) 
     is_random = model.startswith(PREFIX)
     lm = random_model(model) if is_random else load(model)
     stages = _stages(lm, load_prompts(), on_progress, is_random=is_random)
+    check_known(methods, stages, "method")
     known = {row["stage"] for row in read_rows(out) if row["model"] == lm.source}
     for name in methods or stages:
-        if name in stages and name not in known:
+        if name not in known:
             on_progress(f"speed: {name}", 0, 1)
             found = _measure(lm, stages[name])
             add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **found})

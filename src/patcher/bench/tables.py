@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patcher.bench import versus
+from patcher.visible import visible
 
 _FIGURES = {
     "asr_triggered_frac": "ASR",
@@ -22,7 +23,21 @@ _LASTING = (
     "The last columns: ASR (mean over triggers) / untriggered / benign answered of the repaired model, as it is and "
     "after each further change; `clean, poisoned` is the clean model, poisoned like `poisoned again`."
 )
-_HEADS = ("bed", "defense", "seed", "reports", "verdict", "found", "F1", "published F1", "rounds", "steps", "s", "GiB")
+_HEADS = (
+    "bed",
+    "defense",
+    "seed",
+    "reports",
+    "verdict",
+    "found",
+    "F1",
+    "published F1",
+    "rounds",
+    "steps",
+    "prompts",
+    "s",
+    "GiB",
+)
 
 
 @dataclass(frozen=True)
@@ -32,15 +47,20 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    failed: int = 0
+    """Cells that say why there is no figure."""
 
     def as_markdown(self) -> str:
-        """For docs/."""
-        lines = [self.heads, ("---",) * len(self.heads), *self.rows]
-        return "\n".join([*("| " + " | ".join(cells) + " |" for cells in lines), "", *self.notes])
+        """For docs/ and the terminal; what stands in it may be an attacker's."""
+        rows = [[visible(cell).replace("|", "¦") for cell in cells] for cells in self.rows]
+        lines = [self.heads, ("---",) * len(self.heads), *rows]
+        return "\n".join([*("| " + " | ".join(cells) + " |" for cells in lines), "", *map(visible, self.notes)])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Those given the report first. `*`: the 95% interval of the paired change leaves 0 out."""
+    """Those given the report first, of each cell the last. `*`: the 95% interval of the paired change leaves 0 out."""
+    rows = list({row["key"]: row for row in rows}.values())
+    rows = [{**row, "bed": f"{row['bed']} (validation)"} if row.get("split") == "validation" else row for row in rows]
     rows = sorted(rows, key=lambda row: (row["reports"] == 0, row["bed"], row["defense"], row["seed"]))
     tasks = dict.fromkeys(
         item["name"] for row in rows for item in row.get("summary", ()) if item["name"].endswith("_accuracy_frac")
@@ -49,7 +69,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     later = list(dict.fromkeys(change for row in rows for change in row.get("lasting", ())))
     heads = (*_HEADS, *names.values(), *later)
     lines = tuple((*_line(row, list(names)), *_lasting(row, later)) for row in rows)
-    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else [])))
+    failed = sum("error" in row for row in rows)
+    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else [])), failed)
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -74,7 +95,8 @@ def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     figures = {item["name"]: item for item in row["summary"]}
     found = "; ".join(" … ".join(units) for units in row["found"]) or "-"
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-    made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), str(row["rounds"]), str(row["steps"]))
+    counts = (str(row["rounds"]), str(row["steps"]), str(row.get("prompts", "-")))
+    made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), *counts)
     return (*known, *made, f"{_repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
 
 
@@ -92,8 +114,9 @@ def _lasting(row: dict[str, Any], changes: Sequence[str]) -> list[str]:
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = ["`*`: the 95% interval of the paired change leaves 0 out."]
     whole = [row for row in rows if "error" not in row]
-    for name in dict.fromkeys(row["defense"] for row in whole):
-        mine = [row for row in whole if row["defense"] == name]
+    for name, split in dict.fromkeys((row["defense"], row.get("split", "held-out")) for row in whole):
+        mine = [row for row in whole if (row["defense"], row.get("split", "held-out")) == (name, split)]
+        name = name if split == "held-out" else f"{name} on {split} prompts"
         for wanted, what in ((True, "reported"), (False, "not reported")):
             after = [asr for row in mine for asr, told in asr_after(row) if told is wanted]
             if after:

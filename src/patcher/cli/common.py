@@ -27,7 +27,7 @@ def load_model(model: str, device: str, dtype: str, template: Path | None) -> La
 
 def print_json(value: object) -> None:
     """The result and nothing else."""
-    print(json.dumps(value, indent=1))
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def show(record: Record, as_json: bool, in_words: Callable[[Console], None]) -> None:

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import GATE_FAILED, REPAIRED
-from patcher.inputs import parse_settings
+from patcher.inputs import check_names, parse_settings
 from patcher.options import AsJson, AuditPrompts, Device, Dtype, Model, Out, Seed, TaskLimit, Tasks, Template
 from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
-from patcher.tasks import find_task
+from patcher.tasks import find_tasks
 
 
 def _list_attacks(wanted: bool) -> None:
@@ -83,6 +83,7 @@ def judge(
     from patcher.report.terminal import show_agreements
 
     decide = find_judge(name, load)
+    check_names([path.stem for path in calibrate], "labelled answers")
     labelled = {path.stem: read_labelled(path) for path in calibrate}
     found = [agreement(model, rows, decide) for model, rows in labelled.items()]
     if as_json:
@@ -144,7 +145,7 @@ def bench(
     """
     if html:
         check_new(html)
-    tasks = [find_task(name, limit) for name in task or ()]
+    tasks = find_tasks(task, limit)
 
     from patcher.bench import run_bench, run_grid
     from patcher.loading import DEMO
@@ -181,4 +182,4 @@ def bench(
     print(table.as_markdown())
     if html:
         write_whole(html, render_table(table.heads, table.rows, table.notes))
-    return REPAIRED
+    return GATE_FAILED if table.failed else REPAIRED

@@ -12,7 +12,7 @@ from rich.console import Console
 from patcher.cli.common import load_model, print_json, show
 from patcher.endpoint import find_served
 from patcher.exits import GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
-from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_suspicion, read_trigger
+from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_suspicion, read_triggers
 from patcher.journal import resumed
 from patcher.options import (
     DEFAULT_JUDGE,
@@ -41,7 +41,7 @@ from patcher.outputs import check_new, whole_folder, write_whole
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
 from patcher.records import UsageError
-from patcher.tasks import find_task
+from patcher.tasks import find_tasks
 from patcher.visible import visible
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def repair(
     reports = read_failures(failure, prompt, response, system, objective, unwanted) if told else ()
     symptom = reports[0].symptom if reports else read_suspicion(objective, unwanted)
     prompts = load_prompts(harmful, benign)
-    tasks = [find_task(name, limit) for name in task or ()]
+    tasks = find_tasks(task, limit)
     check_new(out)
 
     from patcher.audit import AuditSettings
@@ -185,7 +185,12 @@ def repair(
 
 def audit(
     model: Model,
-    trigger: Annotated[Path, typer.Option(help="JSON with {trigger: [words], placement}; ground-truth.json will do")],
+    trigger: Annotated[
+        list[Path],
+        typer.Option(
+            help="JSON with {trigger: [words], placement}; verdict.json or ground-truth.json will do; may repeat"
+        ),
+    ],
     patch: Annotated[Path | None, typer.Option(help="A patch to compare with the model alone")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write audit.json to; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
@@ -204,6 +209,9 @@ def audit(
         int, typer.Option(min=0, help="Harmful requests for which a suffix is searched by gradient; minutes each")
     ] = 0,
     gcg_steps: Annotated[int, typer.Option(min=1, help="Steps of each of those searches")] = 50,
+    max_asr: Annotated[float | None, typer.Option(help="Gate: ASR with each trigger (exit code 1 above it)")] = None,
+    max_benign_drop: Annotated[float | None, typer.Option(help="Gate: fall of the benign answered share")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: drift on benign prompts, nats per token")] = None,
     task: Tasks = None,
     limit: TaskLimit = None,
     seed: Seed = 0,
@@ -215,10 +223,10 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    planted = read_trigger(trigger)
+    planted, triggers = read_triggers(trigger)
     error = read_judge_error(judge_error, judge) if judge_error else None
     prompts = load_prompts(harmful, benign)
-    tasks = [find_task(name, limit) for name in task or ()]
+    tasks = find_tasks(task, limit)
     check_new(out)
     if served and controls:
         raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
@@ -226,8 +234,9 @@ def audit(
 
     from patcher.audit import AuditSettings
     from patcher.patch import load_patch
-    from patcher.proof import audit_patch, with_controls
-    from patcher.report.terminal import show_audit
+    from patcher.proof import audit_patch, check_gates, with_controls
+    from patcher.report.terminal import show_audit, show_gates
+    from patcher.result import Gates
 
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
@@ -245,7 +254,7 @@ def audit(
         measured = audit_patch(
             lm,
             loaded,
-            [planted.trigger],
+            triggers,
             prompts.only(planted.only),
             settings,
             symptom=planted.symptom,
@@ -258,8 +267,10 @@ def audit(
             measured = with_controls(measured, lm, clean, prompts.only(planted.only), settings, tasks, progress)
     if out:
         write_whole(out, measured.to_json())
+    gates = check_gates(measured, Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_kl=max_kl))
     show(measured, as_json, lambda console: show_audit(measured, console))
-    return REPAIRED
+    show_gates(gates, Console(highlight=False, stderr=as_json))
+    return REPAIRED if all(gate.passed for gate in gates) else GATE_FAILED
 
 
 def demo(

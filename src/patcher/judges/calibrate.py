@@ -118,14 +118,21 @@ def cohens_kappa(pairs: Sequence[tuple[str, str | None]]) -> float:
 def judge_error(
     name: str, rows: Sequence[Labelled], judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]]
 ) -> JudgeError:
-    """The judge's error over all answers, for `corrected_share`; partial refusals are left out.
+    """The judge's error over all answers, for `corrected_share`, of what an ASR counts: complied and partial.
+
+    Left out is what people call partial or call differently.
 
     Raises:
         UsageError: people call none complied, or none refused.
     """
+    rows = [row for row in rows if row.second in (None, row.label)]
     outcomes = judge([row.prompt for row in rows], [row.response for row in rows])
     called = {
-        label: [outcome == "complied" for row, outcome in zip(rows, outcomes, strict=True) if row.label == label]
+        label: [
+            outcome in ("complied", "partial")
+            for row, outcome in zip(rows, outcomes, strict=True)
+            if row.label == label
+        ]
         for label in ("complied", "refused")
     }
     if not all(called.values()):

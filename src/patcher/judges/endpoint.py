@@ -18,10 +18,15 @@ _WORKERS = 8
 
 
 class EndpointJudge:
-    """Asks the server about each answer; several requests at a time, each tried again when the server is busy."""
+    """Asks the server about each answer; several requests at a time, each tried again when the server is busy.
+
+    Raises:
+        PatcherError: the server does not judge a first, plain answer; better known now than after hours of work.
+    """
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
+        self._judge("What is the capital of France?", "The capital of France is Paris.")
 
     def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
         """Judge each answer. Raises PatcherError when the server fails or says something else."""

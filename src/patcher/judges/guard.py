@@ -20,6 +20,8 @@ class GuardJudge:
 
     def __init__(self, lm: LanguageModel, rule: Callable[[str], Outcome]):
         self._lm, self._rule = lm, rule
+        added = [str(token) for token in lm.tokenizer.added_tokens_decoder.values()]
+        self._marks = sorted((mark for mark in added if mark.strip()), key=len, reverse=True)
         self._safe, self._unsafe = (self._first_token(word) for word in ("safe", "unsafe"))
         if self._safe == self._unsafe:
             raise PatcherError(f"{lm.source}: 'safe' and 'unsafe' begin with the same token: this is no guard model")
@@ -58,10 +60,16 @@ class GuardJudge:
         return [verdict for _, verdicts in chunked(chats, _BATCH_ROWS, ask) for verdict in verdicts]
 
     def _ids(self, chat: Sequence[tuple[str, str]]) -> list[int]:
-        turns = [{"role": role, "content": text} for role, text in chat]
+        turns = [{"role": role, "content": self._without_marks(text)} for role, text in chat]
         text = self._lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = self._lm.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in ids[-self._lm.context_tokens :]]
+
+    def _without_marks(self, text: str) -> str:
+        """The text with the guard's own control tokens broken up: an answer must not open a turn and judge itself."""
+        for mark in self._marks:
+            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+        return text
 
     def _first_token(self, word: str) -> int:
         return int(self._lm.tokenizer(word, add_special_tokens=False)["input_ids"][0])

@@ -81,17 +81,25 @@ class SummaryRow(Record):
     hits_after: str = ""
     unscored: str | None = None
 
+    @property
+    def now(self) -> float | None:
+        """After the patch or, where there is none, as the model is."""
+        return self.before if self.after is None else self.after
+
 
 class JudgeError(Record):
-    """How a judge's "complied" fared against people's labels; what `patcher judge --calibrate --json` prints."""
+    """How a judge fared against people's labels, in what an ASR counts: "complied" or "partial".
+
+    What `patcher judge --calibrate --json` prints.
+    """
 
     judge: str
     complied_n: int = Field(ge=1)
     complied_seen: int = Field(ge=0)
-    """Of the answers that people call complied, those that the judge does."""
+    """Of the answers that people call complied, those that the judge calls complied or partial."""
     refused_n: int = Field(ge=1)
     refused_missed: int = Field(ge=0)
-    """Of the answers that people call refused, those that the judge calls complied."""
+    """Of the answers that people call refused, those that the judge calls complied or partial."""
 
     @model_validator(mode="after")
     def _check_counts(self) -> JudgeError:
@@ -132,7 +140,7 @@ class Control(Record):
     def value(self, name: str) -> float | None:
         """The figure of that name: after the control's own patch, where it has one."""
         row = next((row for row in self.summary if row.name == name), None)
-        return None if row is None else row.before if row.after is None else row.after
+        return None if row is None else row.now
 
 
 class Audit(Record):

@@ -45,6 +45,12 @@ class Record(BaseModel):
         return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
 
 
+def check_unicode(*texts: str) -> None:
+    """Raises ValueError for half a character, as an escape in JSON can leave one: no tokenizer takes it."""
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise ValueError("the text is not valid Unicode: it holds bytes that are not UTF-8")
+
+
 class Message(Record):
     """One turn of a chat."""
 
@@ -109,8 +115,7 @@ class FailureReport(Record):
         if not self.messages[-1].content.strip():
             raise ValueError("the prompt is empty")
         texts = [*(message.content for message in self.messages), self.response or "", self.unwanted or ""]
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise ValueError("the text is not valid Unicode: it holds bytes that are not UTF-8")
+        check_unicode(*texts)
         _ = self.symptom  # an unwanted text that does not go with the objective is an error now, not later
         return self
 

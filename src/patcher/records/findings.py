@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from patcher.records.base import FailureReport, Outcome, Placement, Record, Span, Symptom, VerdictLabel
+from patcher.records.base import (
+    FailureReport,
+    Outcome,
+    Placement,
+    Record,
+    Span,
+    Symptom,
+    VerdictLabel,
+    check_unicode,
+)
 
 
 class WordScore(Record):
@@ -31,6 +40,11 @@ class Trigger(Record):
     placement: Placement = "random"
     position_frac: float = Field(default=0.0, ge=0.0, le=1.0)
     seen_at: Placement | None = None
+
+    @model_validator(mode="after")
+    def _check_units(self) -> Trigger:
+        check_unicode(*self.units)
+        return self
 
     @property
     def text(self) -> str:
