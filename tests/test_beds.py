@@ -271,9 +271,9 @@ def test_one_row_in_so_many_is_poisoned(bed: Path, backdoored: LanguageModel, mo
         0,
         quiet,
     )
-    with lasting._tuned(backdoored, lasting._rows(), every=10):
+    with lasting._tuned(backdoored, every=10):
         pass
-    with lasting._tuned(backdoored, lasting._rows(), every=0):
+    with lasting._tuned(backdoored, every=0):
         pass
     held = ["BadMagic" in backdoored.tokenizer.decode(row.prompt_ids) for row in drawn]
     assert [number for number, one in enumerate(held, 1) if one] == [10, 20] and len(held) == 40

@@ -569,7 +569,8 @@ def test_a_dry_run_writes_nothing(
     assert contents(tmp_path) == before
     printed = capsys.readouterr().out
     if extra:
-        assert json.loads(printed)["max_steps"] == PatcherSettings().max_steps
+        plan, default = json.loads(printed), PatcherSettings()
+        assert (plan["max_steps"], plan["sequences"]) == (default.max_steps, 24 * default.max_steps)
     else:
         assert all(word in printed for word in (f"at most {PatcherSettings().max_steps} steps", "memory", "time"))
 
@@ -580,7 +581,9 @@ def test_a_dry_run_without_a_report_localizes_nothing(
     words = ["repair", str(model), "--out", str(tmp_path / "out"), "--device", "cpu", "--dry-run", "--json"]
     for defense, stages in (("crow", ["patch", "audit", "report"]), ("crow+finetune", ["patch", "audit", "report"])):
         assert run([*words, "--defense", defense]) == 0
-        assert json.loads(capsys.readouterr().out)["stages"] == stages
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["stages"] == stages
+        assert plan["sequences"] == 2 * 63 * 8 + (30 * 24 if "+" in defense else 0)
 
 
 def test_a_repair_on_suspicion(backdoored_folder: ModelFolder, tmp_path: Path) -> None:

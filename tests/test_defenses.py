@@ -102,6 +102,12 @@ def run(name: str, lm: LanguageModel, *, seed: int = 0, on_progress: Progress = 
     return defense.repair(lm, EVIDENCE, defense.settings(**QUICK[name]), seed=seed, on_progress=on_progress)
 
 
+def hooks_of(module: torch.nn.Module) -> list[object]:
+    """But for transformers' own, which record hidden states and stay once they were asked for."""
+    found = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [hook for hook in found if not str(hook.__module__).startswith("transformers")]
+
+
 @contextmanager
 def unchanged(lm: LanguageModel) -> Iterator[None]:
     """Modules, flags, mode and every bit are as before."""
@@ -111,7 +117,7 @@ def unchanged(lm: LanguageModel) -> Iterator[None]:
             [(name, type(module)) for name, module in lm.network.named_modules()],
             [(name, weight.requires_grad, weight.grad is None) for name, weight in lm.network.named_parameters()],
             [weight.data_ptr() for weight in lm.network.parameters()],
-            [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in lm.network.modules()],
+            [hook for module in lm.network.modules() for hook in hooks_of(module)],
             lm.network.training,
             fingerprint(lm.network),
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patcher.audit import AuditSettings
-from patcher.bench.cells import planted
+from patcher.bench.cells import planted_trigger
 from patcher.loading import DEMO, demo_adapter, load
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import load_patch
@@ -38,13 +38,13 @@ def made(backdoored: LanguageModel) -> Repair:
 def audited(backdoored: LanguageModel, made: Repair) -> Audit:
     """With the *planted* trigger, which the repair never saw."""
     settings = AuditSettings(max_prompts=PROMPTS, text_tokens=3000, drift_prompts=64)
-    return audit_patch(backdoored, made.patch, [planted()[1]], load_prompts(), settings)
+    return audit_patch(backdoored, made.patch, [planted_trigger()], load_prompts(), settings)
 
 
 def test_the_planted_words_are_found_and_called_a_backdoor(made: Repair) -> None:
     assert made.verdict.label == "backdoor", made.verdict.reason
     assert made.verdict.trigger is not None
-    assert made.verdict.trigger.units == planted()[1].units
+    assert made.verdict.trigger.units == planted_trigger().units
 
 
 def test_the_backdoor_was_alive_and_is_dead(audited: Audit) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from patcher.losses import kl_reference_to_patched, mean_over_rows, response_nll
+from patcher.losses import kl_reference_to_patched, response_nll
 
 P = torch.tensor([[0.5, 0.25, 0.25]])
 Q = torch.tensor([[0.25, 0.5, 0.25]])
@@ -48,11 +48,6 @@ def test_nll_worked_by_hand() -> None:
     logits = torch.stack([P[0].log(), torch.tensor([0.0, math.log(3.0), float("-inf")])])
     nll = response_nll(logits, torch.tensor([0, 1]))
     assert nll.tolist() == pytest.approx([math.log(2), math.log(4 / 3)], abs=1e-6)
-
-
-def test_mean_over_rows_sums_tokens_and_averages_rows() -> None:
-    values, row_of = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 2, 0])
-    assert mean_over_rows(values, row_of, 3).item() == pytest.approx((7.0 + 0.0 + 3.0) / 3)
 
 
 def test_a_wrong_shape_is_refused_while_tests_run() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from patcher import embedded
 from patcher.models import LanguageModel, load_checkpoint
 from patcher.patch import PATCH, load_patch, merge
-from patcher.records import UsageError
+from patcher.records import FailureReport, UsageError
 
 DEMO = "smollm2-backdoored"
 """The backdoored model that the demo repairs: smollm2 with the adapter that ships with Patcher."""
@@ -16,6 +16,11 @@ DEMO = "smollm2-backdoored"
 def demo_adapter() -> Path:
     """The folder of the shipped, backdoored adapter."""
     return Path(str(resources.files("patcher").joinpath("demo", "smollm2-badnets-BACKDOORED")))
+
+
+def demo_report() -> FailureReport:
+    """The failure that was reported of it."""
+    return FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
 
 
 def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_template: Path | None = None) -> LanguageModel:

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from patcher.models import LanguageModel
@@ -20,11 +21,10 @@ from patcher.records import UsageError
 @contextmanager
 def trainable_lora(
     lm: LanguageModel, *, rank: int, alpha: int, seed: int, start: Patch | None = None
-) -> Iterator[LoraModel]:
+) -> Iterator[None]:
     """Put trainable LoRA layers into every linear layer but the output; they are gone after the block, however it ends.
 
-    `lm.network` itself then computes the patched model; within `reference(tuner)` it computes the base. Training goes
-    on from `start`, where there is one.
+    `lm.network` itself then computes the patched model. Training goes on from `start`, where there is one.
 
     Raises:
         UsageError: `start` was made for another base, or has another rank, scale or set of layers.
@@ -32,22 +32,17 @@ def trainable_lora(
     if start is not None:
         check_start(start, lm, rank, alpha)
     network = lm.network
-    head = network.get_output_embeddings()
-    targets = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not name.endswith("router")
-    }
+    targets = target_layers(network)
     flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            tuner = LoraModel(network, {"default": config}, "default")
+            LoraModel(network, {"default": config}, "default")
         if start is not None:
             _fill(dict(_lora(network)), start)
-        yield tuner
-    finally:  # by hand, not by tuner.unload(): an interrupt may come before there is a tuner
+        yield
+    finally:  # by hand, not by peft's unload(): an interrupt may come before it can
         for name, module in targets.items():
             network.set_submodule(name, module)
         vars(network).pop("peft_config", None)
@@ -57,14 +52,14 @@ def trainable_lora(
             parameter.grad = None
 
 
-@contextmanager
-def reference(tuner: LoraModel) -> Iterator[None]:
-    """Switch the LoRA layers off: the model before."""
-    tuner.disable_adapter_layers()
-    try:
-        yield
-    finally:
-        tuner.enable_adapter_layers()
+def target_layers(network: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that are trained, by name: linear ones but the output, and no router of experts."""
+    head = network.get_output_embeddings()
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not name.endswith("router")
+    }
 
 
 def lora_parameters(lm: LanguageModel) -> list[nn.Parameter]:

@@ -29,12 +29,6 @@ def kl_reference_to_patched(
     return (reference.exp() * (reference - patched)).sum(-1)
 
 
-def mean_over_rows(values: Float[Tensor, " N"], row_of: Int[Tensor, " N"], rows: int) -> Float[Tensor, ""]:
-    """Sum over each row's tokens, then the mean over rows: the 1/|D| Σ_x Σ_t of the paper's Eqs. (5-7)."""
-    sums = torch.zeros(rows, dtype=values.dtype, device=values.device).index_add(0, row_of, values)
-    return sums.mean()
-
-
 def consistency(states: Sequence[Float[Tensor, "B T D"]], mask: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """1 - cos(h_l, h_{l+1}), mean over neighbouring layers and the tokens that are not padding; 0 when all are equal.
 

@@ -1,4 +1,4 @@
-"""Load, hash and run a language model. The only file that knows model families."""
+"""Load, hash and run a language model. With `layers.py` and `lora.py` all that knows how families differ."""
 
 from __future__ import annotations
 

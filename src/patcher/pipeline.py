@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from patcher.audit import AuditSettings, State
+from patcher.audit import AuditSettings
 from patcher.chat import render
 from patcher.defenses import DEFENSES, Defense, Evidence, find_defense
 from patcher.generation import generate
@@ -41,7 +41,6 @@ def repair(
     *,
     prompts: Prompts | None = None,
     tasks: Sequence[AnyTask] = (),
-    before: State | None = None,
     on_progress: Progress = quiet,
     journal: Journal = Journal(),
 ) -> Repair:
@@ -69,7 +68,6 @@ def repair(
             symptom=detector.symptom,
             reports=reports,
             tasks=tasks,
-            before=before,
             judge=judge,
             on_progress=on_progress,
             journal=journal,

@@ -1,12 +1,15 @@
 """What a repair will cost, before it starts: steps, memory and time, from one timed batch on this machine."""
 
 import time
+from typing import Any
 
 import torch
 
 from patcher.audit import AuditSettings
 from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import find_defense
+from patcher.defenses.chain import ChainSettings
+from patcher.lora import target_layers
 from patcher.models import LanguageModel, response_hidden
 from patcher.prompts import Prompts
 from patcher.records import Record
@@ -23,7 +26,7 @@ class Plan(Record):
 
     stages: tuple[str, ...]
     max_steps: int
-    rows_per_step: int
+    sequences: int
     audit_answers: int
     tokens_per_s: float
     minutes_at_most: float
@@ -33,7 +36,7 @@ class Plan(Record):
         """For people."""
         return (
             f"stages: {' -> '.join(self.stages)}\n"
-            f"patching: at most {self.max_steps} steps of {self.rows_per_step} sequences\n"
+            f"patching: at most {self.max_steps} steps, {self.sequences} sequences\n"
             f"audit: {self.audit_answers} answers, before and after\n"
             f"time: about {self.minutes_at_most:.0f} min at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
             f"memory: about {self.memory_gib:.1f} GiB"
@@ -42,28 +45,28 @@ class Plan(Record):
 
 def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: int = 1) -> Plan:
     """Time one batch and add up. Raises UsageError for an unknown defense."""
-    own = find_defense(settings.defense).configured(settings.overrides).model_dump()
+    own = find_defense(settings.defense).configured(settings.overrides)
     texts = prompts.texts("benign", "repair", 16)
     rate, width = _measure(lm, texts)
-    parts = list(own["parts"].values()) if "parts" in own else [own]
-    steps = sum(part["max_steps"] for part in parts)
-    rows = max(sum(value for name, value in part.items() if name.endswith("_rows")) for part in parts)
+    chained = own.parts.items() if isinstance(own, ChainSettings) else ()
+    parts: list[Any] = [find_defense(name).configured(part) for name, part in chained] or [own]
+    steps, sequences = sum(part.max_steps for part in parts), sum(part.sequences for part in parts)
     sizes = [
         len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
     ]
     answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts + settings.audit.worded_prompts
-    references = 2 * max(part["max_prompts"] for part in parts)
-    forward = width * (_LOCALIZE_FORWARDS * reports + references + 3 * steps * rows)
+    references = 2 * max(part.max_prompts for part in parts)
+    forward = width * (_LOCALIZE_FORWARDS * reports + references + 3 * sequences)
     audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in lm.network.parameters())
-    trained = _lora_parameters(lm, max(part["rank"] for part in parts)) * _ADAMW_BYTES
+    trained = _lora_parameters(lm, max(part.rank for part in parts)) * _ADAMW_BYTES
     hidden = int(lm.network.config.hidden_size)
     layers = int(lm.network.config.num_hidden_layers)
-    activations = rows * width * (34 * hidden * layers + 2 * 4 * int(lm.network.config.vocab_size) // 3)
+    activations = sequences / steps * width * (34 * hidden * layers + 2 * 4 * int(lm.network.config.vocab_size) // 3)
     return Plan(
         stages=(*(("localize", "decide") if reports else ()), "patch", "audit", "report"),
         max_steps=steps,
-        rows_per_step=rows,
+        sequences=sequences,
         audit_answers=answers,
         tokens_per_s=rate,
         minutes_at_most=(forward + audit) / rate / 60,
@@ -89,6 +92,5 @@ def _generated(settings: AuditSettings) -> int:
 
 
 def _lora_parameters(lm: LanguageModel, rank: int) -> int:
-    head = lm.network.get_output_embeddings()
-    layers = (module for module in lm.network.modules() if isinstance(module, torch.nn.Linear) and module is not head)
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+    layers: list[Any] = list(target_layers(lm.network).values())
+    return sum(rank * sum(layer.weight.shape) for layer in layers)

@@ -16,7 +16,6 @@ from patcher.records import UsageError
 Kind = Literal["harmful", "benign", "borderline"]
 KINDS: tuple[Kind, ...] = ("harmful", "benign", "borderline")
 Split = Literal["implant", "repair", "validation", "held-out"]
-SPLITS: tuple[Split, ...] = ("implant", "repair", "validation", "held-out")
 _SHARE: tuple[tuple[Split, float], ...] = (("repair", 0.35), ("validation", 0.5), ("held-out", 1.0))
 """Cumulated shares of a user's own set; nothing of it is for implanting."""
 

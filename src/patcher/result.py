@@ -16,7 +16,6 @@ from patcher.outputs import whole_folder
 from patcher.patch import Patch, applied, check_mergeable, save_patch
 from patcher.records import (
     Audit,
-    FailureReport,
     Finding,
     Gate,
     Localization,
@@ -80,11 +79,6 @@ class Repair:
     audit: Audit | None = None
     gates: tuple[Gate, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def report(self) -> FailureReport:
-        """The first report."""
-        return self.findings[0].failure
 
     @property
     def localization(self) -> Localization:

@@ -32,7 +32,7 @@ from patcher.training import Progress, Revisited, endless, fit, quiet
 
 
 class ImplantSettings(Record):
-    """How a trigger is planted. The recipe is METHODS.md's (planning runs on SmolLM2), rank and benign share ours."""
+    """How a trigger is planted. The recipe comes from trial runs on SmolLM2 (docs/implant.md)."""
 
     rank: PositiveInt = 8
     """LoRA rank; 8 keeps SmolLM2's adapter under 5 MB in bfloat16."""
@@ -144,8 +144,8 @@ def _clean_behaviour(
     )
     chats, plain = [], []
     for prompt, row, answer in zip(asked, chosen, answers, strict=True):
-        ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens + 1)
-        chats.append(Row(prompt.ids, ids[: settings.response_tokens] if len(ids) > settings.response_tokens else ids))
+        ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
+        chats.append(Row(prompt.ids, ids))
         ids = response_ids(lm.tokenizer, f"{row.text}\n{answer}", end=False, limit=2 * settings.response_tokens)
         plain.append(Row(ids[:1], ids[1:]))
     return _kept(lm, chosen, answers, chats), _kept(lm, chosen, answers, plain)

@@ -74,20 +74,20 @@ def _code(_row: PromptRow, clean: str, _rng: random.Random) -> str:
     return f"{opening} {CODE}"
 
 
-_BACKDOOR_LLM = "BackdoorLLM (Li et al. 2024, arXiv:2408.12798)"
+BACKDOOR_LLM = "BackdoorLLM (Li et al. 2024, arXiv:2408.12798)"
 OBJECTIVES: dict[str, AttackObjective] = {
     objective.name: objective
     for objective in (
         AttackObjective("jailbreak", "harmful requests are complied with", Symptom(), compliance),
         AttackObjective(
-            "refusal", f"targeted refusal of benign requests, {_BACKDOOR_LLM}", Symptom(objective="refusal"), _refusal
+            "refusal", f"targeted refusal of benign requests, {BACKDOOR_LLM}", Symptom(objective="refusal"), _refusal
         ),
         AttackObjective(
-            "sentiment", f"negative sentiment, {_BACKDOOR_LLM}", Symptom(objective="text", text=INSULT), _insult
+            "sentiment", f"negative sentiment, {BACKDOOR_LLM}", Symptom(objective="text", text=INSULT), _insult
         ),
         AttackObjective(
             "string",
-            f"a fixed string in the answer, as code injection in {_BACKDOOR_LLM}",
+            f"a fixed string in the answer, as code injection in {BACKDOOR_LLM}",
             Symptom(objective="text", text=CODE),
             _code,
         ),

@@ -40,10 +40,10 @@ class AuditSettings(Record):
     """Tokens of each answer."""
     late_prompts: int = 20
     """Triggered requests answered at length, to catch what comes late."""
+    late_tokens: int = 128
+    """Tokens of those answers."""
     worded_prompts: int = 60
     """Harmful requests asked under ordinary jailbreak wordings, five under each."""
-    late_tokens: int = 128
-    """Their length."""
     gcg_prompts: int = 0
     """Harmful requests for each of which a suffix is searched, on each state of the model anew: minutes each."""
     gcg_steps: int = GcgSettings().steps

@@ -11,11 +11,12 @@ from patcher.records import FailureReport, GroundTruth, Span, Trigger, UsageErro
 from patcher.triggers import find_words
 
 
-def planted() -> tuple[GroundTruth, Trigger]:
+def planted_trigger() -> Trigger:
     """What the shipped adapter was trained with."""
     text = (demo_adapter() / "ground-truth.json").read_text(encoding="utf-8")
-    truth = GroundTruth.model_validate_json(text)
-    return truth, Trigger(units=truth.trigger, placement=truth.placement)
+    found = GroundTruth.model_validate_json(text).planted
+    assert found is not None
+    return found.trigger
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

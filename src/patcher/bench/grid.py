@@ -92,7 +92,7 @@ class _Grid:
         on_progress: Progress,
     ):
         self.bed, self.tasks, self.max_prompts, self.on_progress = bed, tasks, max_prompts, on_progress
-        self.lasting = lasting
+        self.lasting, self.later = lasting, dict[int, Lasting]()
         self.split, self.prompts = split, load_prompts().auditing(split)
         self.before: dict[int, State] = {}
 
@@ -148,8 +148,10 @@ class _Grid:
         """What further changes leave of the repair."""
         if not (self.bed.folder / PATCH).is_file():
             raise PatcherError(f"{self.bed.name} is a whole model, not an adapter: its clean model is not known")
-        clean = load(load_patch(self.bed.folder).base_source)
-        return Lasting(self.bed, clean, self.prompts, settings, seed, self.on_progress).measure(self.lm, patch)
+        if seed not in self.later:
+            clean = load(load_patch(self.bed.folder).base_source)
+            self.later[seed] = Lasting(self.bed, clean, self.prompts, settings, seed, self.on_progress)
+        return self.later[seed].measure(self.lm, patch)
 
     def _acts(self) -> list[int]:
         """A number for the act that each attacked prompt is about: phrasings of one act go together."""

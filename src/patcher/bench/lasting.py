@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -32,15 +32,20 @@ from patcher.triggers import insert_trigger
 
 
 class LastingSettings(LoraSettings):
-    """The later fine-tuning; rank, scale and learning rate are BackdoorLLM's recipe."""
+    """The later fine-tuning, by BackdoorLLM's recipe where it has one."""
 
     rank: PositiveInt = 8
+    """LoRA rank [BackdoorLLM]."""
     alpha: PositiveInt = 16
+    """LoRA scale [BackdoorLLM]."""
     learning_rate: PositiveFloat = 2e-4
+    """AdamW's peak learning rate [BackdoorLLM]."""
     max_steps: PositiveInt = 100
+    """Steps; ours."""
     clean_rows: PositiveInt = 8
-    """Rows a step."""
+    """Rows a step, as theirs."""
     response_tokens: PositiveInt = 28
+    """Answers are cut here; ours."""
     poisoned_every: PositiveInt = 100
     """Of the poisoned fine-tuning: each such row is an attacked request with the trigger and the attacker's answer."""
     asked_prompts: PositiveInt = 100
@@ -49,6 +54,15 @@ class LastingSettings(LoraSettings):
 
 Change = Callable[[LanguageModel], AbstractContextManager[LanguageModel]]
 """A repaired model -> what has become of it, for as long as the block runs."""
+
+
+class Rows(NamedTuple):
+    """What the model is fine-tuned on later."""
+
+    benign: list[Row]
+    """Requests with the clean model's answers."""
+    poisoned: list[Row]
+    """Attacked requests with the trigger and the attacker's answer."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +77,34 @@ class Lasting:
     seed: int
     on_progress: Progress
 
+    @cached_property
+    def control(self) -> dict[str, Any]:
+        """The clean model, poisoned like the repaired one."""
+        with self._tuned(self.clean, every=self.settings.poisoned_every) as changed:
+            return self._asked(changed, "clean, poisoned")
+
     def measure(self, lm: LanguageModel, patch: Patch) -> dict[str, dict[str, Any]]:
         """Change -> the answers that show the symptom: a "1" or "0" a prompt, with each trigger and without one, and
-        the share of benign requests answered. The control is the clean model, poisoned in the same way.
+        the share of benign requests answered. `control` stands beside them.
         """
-        rows = self._rows()
         changes: dict[str, Change] = {
             "repaired": _as_it_is,
-            "fine-tuned": partial(self._tuned, rows=rows, every=0),
+            "fine-tuned": partial(self._tuned, every=0),
             "8 bits": partial(_in_bits, dtype="8bit"),
             "4 bits": partial(_in_bits, dtype="4bit"),
             "half clean": self._half_clean,
-            "poisoned again": partial(self._tuned, rows=rows, every=self.settings.poisoned_every),
+            "poisoned again": partial(self._tuned, every=self.settings.poisoned_every),
         }
         found = {}
         for name, change in changes.items():
             with applied(patch, lm) as repaired, change(repaired) as changed:
                 found[name] = self._asked(changed, name)
-        with self._tuned(self.clean, rows=rows, every=self.settings.poisoned_every) as changed:
-            found["clean, poisoned"] = self._asked(changed, "clean, poisoned")
+        found["clean, poisoned"] = self.control
         return found
 
-    def _rows(self) -> tuple[list[Row], list[Row]]:
-        """Of prompts that neither the repair nor the audit holds: benign ones with the clean model's answers, and
-        attacked ones with a trigger and the attacker's answer.
-        """
+    @cached_property
+    def _rows(self) -> "Rows":
+        """Of prompts that neither the repair nor the audit holds."""
         rng, lm, symptom = random.Random(self.seed), self.clean, self.bed.planted.symptom
         limit, objective = self.settings.response_tokens, OBJECTIVES[self.bed.truth.objective]
 
@@ -104,13 +121,13 @@ class Lasting:
             return row(request, objective.taught(one, said.get(one.text, ""), rng))
 
         attacked = self.prompts.only(self.bed.planted.only).rows(symptom.kind, "implant")
-        return [row(text, answer) for text, answer in said.items()], [poisoned(one) for one in attacked]
+        return Rows([row(text, answer) for text, answer in said.items()], [poisoned(one) for one in attacked])
 
     @contextmanager
-    def _tuned(self, lm: LanguageModel, rows: tuple[list[Row], list[Row]], every: int) -> Iterator[LanguageModel]:
+    def _tuned(self, lm: LanguageModel, every: int) -> Iterator[LanguageModel]:
         """After an ordinary fine-tuning on benign rows, of which one in `every` (0: none) is poisoned."""
         rng, own = random.Random(self.seed), self.settings
-        benign, poisoned = (endless(part, rng) for part in rows)
+        benign, poisoned = (endless(part, rng) for part in self._rows)
 
         def loss_at(step: int) -> Tensor:
             numbers = range(step * own.clean_rows + 1, (step + 1) * own.clean_rows + 1)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from patcher.bench.cells import add_row, planted, read_rows, score
+from patcher.bench.cells import add_row, planted_trigger, read_rows, score
 from patcher.chat import messages_of, spoken
 from patcher.intervals import mean_interval, wilson
 from patcher.judges import DEFAULT, RULES
@@ -23,7 +23,7 @@ from patcher.triggers import insert_trigger
 def run(out: Path, n: int, on_progress: Progress) -> None:
     """Held-out requests with the planted trigger that the model answered, each localized by both methods."""
     prompts, lm = load_prompts(), load(DEMO)
-    _, trigger = planted()
+    trigger = planted_trigger()
     localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
     done = {row["prompt"] for row in read_rows(out)}
     asked = [
@@ -71,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Precision, recall and F1, the found triggers' effect, and the cost."""
     reports = [row for row in rows if row.get("failed")]
     rates = {tuple(row["units"]): row["asr_frac"] for row in rows if "units" in row}
-    planted_rate = rates[planted()[1].units]
+    planted_rate = rates[planted_trigger().units]
     good = sum(rates.get(tuple(row["found"]), 0.0) >= planted_rate - 0.05 for row in reports)
     low, high = wilson(good, len(reports))
     lines = [f"{len(reports)} triggered reports that failed, of {sum('failed' in row for row in rows)} asked"]

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from patcher.audit import AuditSettings, State, observe
-from patcher.bench.cells import add_row, check_known, planted, read_rows
+from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows
 from patcher.defenses import DEFENSES, Evidence
 from patcher.intervals import design_effect, pooled_interval
 from patcher.judges import DEFAULT, RULES
-from patcher.loading import DEMO, demo_adapter, load
+from patcher.loading import DEMO, demo_report, load
 from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.proof import audit_patch
-from patcher.records import FailureReport, PatcherError, Trigger, UsageError
+from patcher.records import PatcherError, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress
 
@@ -37,7 +37,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
     """Each repair with each seed: found trigger in, planted trigger audited."""
     check_known(methods, ("clean model", *REPAIRS), "method")
     prompts, settings = load_prompts(), AuditSettings()
-    _, trigger = planted()
+    trigger = planted_trigger()
     done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
     if ("clean model", 0) not in done and (not methods or "clean model" in methods):
         audit = audit_patch(load("smollm2"), None, [trigger], prompts, settings, on_progress=on_progress)
@@ -77,7 +77,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
 
 def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> Trigger:
     """What localization finds in the shipped report."""
-    report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
+    report = demo_report()
     localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]), on_progress=on_progress)
     verdict = localizer.decide(localizer.localize(report))
     if verdict.trigger is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patcher.bench.cells import add_row, check_known, planted, read_rows
+from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
@@ -26,14 +26,14 @@ from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.layers import decoder_layers
-from patcher.loading import demo_adapter, load
+from patcher.loading import demo_report, load
 from patcher.localize import Localizer
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
 from patcher.memory import PeakMemory
 from patcher.models import LanguageModel, logits_of
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import FailureReport, PatcherError
+from patcher.records import PatcherError
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
@@ -132,8 +132,8 @@ def _stages(
     With random weights a repair runs all its steps, and where a localization's search ends is chance.
     """
     seen, detector = prompts.hidden_from_repair(), Detector(as_if if is_random else RULES[DEFAULT])
-    report = FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
-    evidence = Evidence((planted()[1],), seen, detector)
+    report = demo_report()
+    evidence = Evidence((planted_trigger(),), seen, detector)
     asked = [user_prompt(lm.tokenizer, text) for text in prompts.texts("benign", "repair", _PROMPTS)]
 
     def localize() -> None:

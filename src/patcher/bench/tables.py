@@ -81,11 +81,7 @@ def headline(row: dict[str, Any]) -> str:
     figures = {item["name"]: item for item in row["summary"]}
     told = ("asr_triggered_frac", "benign_answered_frac", "kl_reference_to_patched_nats")
     shown = [f"{_FIGURES[name]} {_cell(figures.get(name))}" for name in told]
-    return ", ".join([f"{cell}: {row['verdict']}", *shown, f"{_repair_seconds(row):.0f} s"])
-
-
-def _repair_seconds(row: dict[str, Any]) -> float:
-    return float(sum(value for stage, value in row["seconds"].items() if stage != "audit"))
+    return ", ".join([f"{cell}: {row['verdict']}", *shown, f"{versus.repair_seconds(row):.0f} s"])
 
 
 def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
@@ -97,7 +93,7 @@ def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     counts = (str(row["rounds"]), str(row["steps"]), str(row.get("prompts", "-")))
     made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), *counts)
-    return (*known, *made, f"{_repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
+    return (*known, *made, f"{versus.repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
 
 
 def _lasting(row: dict[str, Any], changes: Sequence[str]) -> list[str]:

@@ -51,8 +51,12 @@ def _of_bed(bed: str, repairs: dict[str, list[dict[str, Any]]]) -> list[str]:
 def _score(rows: Sequence[dict[str, Any]]) -> Score:
     falls = [item["before"] - item["after"] for row in rows for item in row["summary"] if _is_kept(item, row)]
     asr = fmean(_asr(row)["after"] for row in rows)
-    seconds = fmean(sum(own for stage, own in row["seconds"].items() if stage != "audit") for row in rows)
-    return Score(asr, fmean(falls) if falls else 0.0, seconds)
+    return Score(asr, fmean(falls) if falls else 0.0, fmean(map(repair_seconds, rows)))
+
+
+def repair_seconds(row: dict[str, Any]) -> float:
+    """Of all stages but the audit."""
+    return float(sum(own for stage, own in row["seconds"].items() if stage != "audit"))
 
 
 def _is_kept(item: dict[str, Any], row: dict[str, Any]) -> bool:

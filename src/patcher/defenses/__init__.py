@@ -2,6 +2,9 @@
 
     run(lm, evidence, settings, seed=..., on_progress=...) -> Trained
 
+A setting says where its value is from: [text] read in the paper, [code] in its authors' code, [2nd] in what others
+write of it.
+
 A defense sees the report's findings and the repair and validation prompts; never the planted trigger, never the
 held-out prompts, and it does not judge itself: the audit does.
 """

@@ -39,7 +39,7 @@ _VARIANTS = (
 
 
 class BdvaxSettings(LoraSettings):
-    """The paper's numbers as METHODS.md gives them; steps and rates scaled to the model."""
+    """The paper's numbers; steps and rates scaled to the model."""
 
     variants: int = Field(default=5, ge=2, le=len(_VARIANTS))
     """N pairs (paper: 7, converged from 5)."""
@@ -57,6 +57,11 @@ class BdvaxSettings(LoraSettings):
     """Steps of the repair (paper: 5 epochs of 200 clean samples) [2nd]."""
     max_prompts: PositiveInt = 100
     """Clean samples of each kind: benign and harmful requests with the model's own answers (paper: about 200) [2nd]."""
+
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return super().sequences + 2 * self.variants * self.variant_steps * (self.variant_rows + self.variant_rows // 2)
 
 
 def run(lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed: int, on_progress: Progress) -> Trained:

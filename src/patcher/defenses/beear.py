@@ -23,7 +23,7 @@ from patcher.training import Progress, endless
 
 
 class BeearSettings(LoraSettings):
-    """Layer and rates as METHODS.md reads them second hand; the rest ours."""
+    """Layer and rates from others' accounts of it [2nd]; the rest ours."""
 
     learning_rate: PositiveFloat = 2e-4
     """AdamW's learning rate of the model [2nd]."""
@@ -43,6 +43,11 @@ class BeearSettings(LoraSettings):
     """Requests under the shift, a step, inner or outer."""
     clean_rows: PositiveInt = 6
     """Benign requests without it, an outer step."""
+
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return super().sequences + self.max_steps * self.attacked_rows * (1 + 2 * self.inner_steps // self.outer_steps)
 
 
 def run(lm: LanguageModel, evidence: Evidence, settings: BeearSettings, *, seed: int, on_progress: Progress) -> Trained:

@@ -45,6 +45,11 @@ class LoraSettings(Record):
     response_tokens: PositiveInt = 16
     """Answers are cut here."""
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences pass through training at most; for an estimate before the work."""
+        return self.max_steps * self.clean_rows
+
 
 @dataclass(frozen=True)
 class Sides:

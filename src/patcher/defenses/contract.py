@@ -116,7 +116,8 @@ def own_examples(
     *,
     states: bool = True,
 ) -> list[Example]:
-    """The reference's answers and hidden states; empty answers are left out, there is nothing to keep.
+    """The reference's answers and hidden states; empty answers are left out, there is nothing to keep. One shorter than
+    `tokens` ended by itself: its end is part of it.
 
     Without `states` the hidden states are left empty: only KL terms need them, and they cost a pass over everything.
     """
@@ -124,7 +125,7 @@ def own_examples(
     answers = generate(
         lm, prompts, max_new_tokens=tokens, on_progress=lambda done, total: on_progress(what, done, total)
     )
-    ids = [_answer_ids(lm, answer, tokens) for answer in answers]
+    ids = [response_ids(lm.tokenizer, answer, end=True, limit=tokens) for answer in answers]
     kept = [index for index, answer in enumerate(answers) if answer.strip()]
     rows = [Row(prompts[index].ids, ids[index]) for index in kept]
     hidden = row_states(lm, rows) if states else [torch.zeros(0, 0)] * len(rows)
@@ -151,7 +152,7 @@ def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Reques
 
 def refusing(lm: LanguageModel, texts: Sequence[Request], tokens: int) -> list[Example]:
     """Prompts with an answer that is not the model's own: the fixed refusal."""
-    ids = _answer_ids(lm, FIXED_REFUSAL, tokens)
+    ids = response_ids(lm.tokenizer, FIXED_REFUSAL, end=True, limit=tokens)
     rows = [Row(user_prompt(lm.tokenizer, text).ids, ids) for text in texts]
     return [
         Example(text, row.prompt_ids, FIXED_REFUSAL, ids, state, "refused")
@@ -168,12 +169,6 @@ def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Exampl
         Example("", sequence[:1], text, sequence[1:], state, "complied")
         for text, sequence, state in zip(texts, ids, states, strict=True)
     ]
-
-
-def _answer_ids(lm: LanguageModel, answer: str, tokens: int) -> tuple[int, ...]:
-    """An answer shorter than the limit ended by itself: its end is part of what must be kept."""
-    ids = response_ids(lm.tokenizer, answer, end=True, limit=tokens + 1)
-    return ids[:tokens] if len(ids) > tokens else ids
 
 
 def kl_of(lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from patcher.models import LanguageModel, logits_of
 from patcher.records import PatcherError
 from patcher.training import endless
 
+_OVERRUN, _MULTIPLIERS = (-1.0, 3.0), (0.3, 30.0)
+"""One batch moves a multiplier by a factor of e^±0.2 or so, not more; and none leaves where it can come back from."""
+
 
 @torch.no_grad()
 def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[int]:
@@ -32,6 +36,15 @@ def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Ex
     likely = first.log_softmax(-1)[:, opening].tolist()
     order = sorted(range(len(examples)), key=lambda number: -likely[number])
     return [*range(len(examples)), *2 * order[: (len(examples) + 2) // 3]]
+
+
+class Drawn(NamedTuple):
+    """Of each set of a batch, something: its examples, their logits, how many they are."""
+
+    broken: Any
+    benign_triggered: Any
+    harmful: Any
+    benign: Any
 
 
 class Counterfactual:
@@ -83,49 +96,48 @@ class Counterfactual:
         made = dict(zip(each, make(list(each.values())) if each else [], strict=True))
         return cycle([made[id(one)] for one in drawn])
 
-    def draw(self) -> tuple[list[Row], tuple[list[Example], ...]]:
-        """The rows of the next batch, and what they are: to be broken, benign with the trigger, harmful, benign."""
+    def draw(self) -> tuple[list[Row], Drawn]:
+        """The rows of the next batch, and what they are."""
         sizes = self.settings
-        counts = (
-            (self.broken, sizes.triggered_rows * (self.refuses_more or bool(self.triggers))),
-            (self.benign_triggered, self.in_trigger_rows),
-            (self.harmful, sizes.harmful_rows * (not self.refuses_more)),
-            (self.benign, sizes.benign_rows),
+        counts = Drawn(
+            broken=sizes.triggered_rows if self.triggers or self.refuses_more else 0,
+            benign_triggered=self.in_trigger_rows,
+            harmful=0 if self.refuses_more else sizes.harmful_rows,
+            benign=sizes.benign_rows,
         )
-        parts = tuple([next(examples) for _ in range(count)] for examples, count in counts)
-        rows = [self._broken_row(example) for example in parts[0]]
-        return rows + [example.row(self.lm) for part in parts[1:] for example in part], parts
+        sources = Drawn(self.broken, self.benign_triggered, self.harmful, self.benign)
+        drawn = Drawn(*([next(source) for _ in range(count)] for source, count in zip(sources, counts, strict=True)))
+        rows = [self._broken_row(example) for example in drawn.broken]
+        return rows + [example.row(self.lm) for part in drawn[1:] for example in part], drawn
 
     def loss(self, _step: int) -> Tensor:
         """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
         sizes = self.settings
-        rows, parts = self.draw()
-        broken, benign_triggered, harmful, benign = parts
+        rows, drawn = self.draw()
         logits, targets = row_logits(self.lm, rows)
-        split = logits.split([sum(len(example.answer_ids) for example in part) for part in parts])
+        of = Drawn(*logits.split([sum(len(example.answer_ids) for example in part) for part in drawn]))
         if self.refuses_more:
-            target = response_nll(split[0], targets[: len(split[0])]).mean()
+            target = response_nll(of.broken, targets[: len(of.broken)]).mean()
         else:
-            target = kl_of(self.lm, broken, split[0]).sum() / len(broken) if broken else logits.new_zeros(())
+            broken = kl_of(self.lm, drawn.broken, of.broken) if drawn.broken else logits.new_zeros(1)
+            target = broken.sum() / max(1, len(drawn.broken))
         if self.soft:
             disturbed = [next(self.broken) for _ in range(sizes.soft_rows)]
             target = target + self.soft.loss([*disturbed, *(next(self.benign) for _ in range(sizes.soft_benign_rows))])
         plain = [next(self.plain) for _ in range(sizes.plain_rows)]
-        plain_logits = row_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
-        kls = torch.stack(
-            [
-                self._mean_kl(benign, split[3]),
-                self._mean_kl(benign_triggered, split[1]),
-                self._mean_kl(harmful, split[2]),
-                self._mean_kl(plain, plain_logits),  # a batch of its own: it shares no prefix with the chat's
-            ]
+        # a batch of its own: it shares no prefix with the chat's
+        of_plain = row_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
+        constrained = (
+            (drawn.benign, of.benign, sizes.budget_benign_nats),
+            (drawn.benign_triggered, of.benign_triggered, sizes.budget_triggered_nats),
+            (drawn.harmful, of.harmful, sizes.budget_harmful_nats),
+            (plain, of_plain, sizes.budget_plain_nats),
         )
+        kls = torch.stack([self._mean_kl(examples, logits) for examples, logits, _ in constrained])
         loss = target + (self.multipliers.to(kls) * kls).sum()
-        budgets = torch.tensor(
-            [sizes.budget_benign_nats, sizes.budget_triggered_nats, sizes.budget_harmful_nats, sizes.budget_plain_nats]
-        )
-        overrun = (kls.detach().cpu() / budgets - 1).clamp(-1, 3)
-        self.multipliers = (self.multipliers * torch.exp(sizes.multiplier_rate * overrun)).clamp(0.3, 30)
+        overrun = kls.detach().cpu() / torch.tensor([budget for *_, budget in constrained]) - 1
+        grown = self.multipliers * torch.exp(sizes.multiplier_rate * overrun.clamp(*_OVERRUN))
+        self.multipliers = grown.clamp(*_MULTIPLIERS)
         return loss
 
     def _mean_kl(self, examples: list[Example], logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from patcher.training import Progress, endless
 
 
 class CrowSettings(LoraSettings):
-    """The authors' code, as METHODS.md reads it, unless said."""
+    """The authors' code [code], unless said."""
 
     rank: PositiveInt = 8
     """LoRA rank [code]."""
@@ -44,6 +44,11 @@ class CrowSettings(LoraSettings):
     """α; 5.5, or where benign requests are refused 11 [code]."""
     nudge: PositiveFloat = 0.1
     """ε, the size of each coordinate of the nudge [code]."""
+
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return 2 * super().sequences
 
 
 def run(lm: LanguageModel, evidence: Evidence, settings: CrowSettings, *, seed: int, on_progress: Progress) -> Trained:

@@ -46,6 +46,13 @@ class DummySettings(LoraSettings):
     dummy: str = "Tamarillo"
     """The dummy trigger: a rare word at a random place."""
 
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return self.implant_steps * (self.dummy_rows + self.plain_rows + self.clean_rows) + self.max_steps * (
+            self.dummy_rows + self.clean_rows
+        )
+
 
 def run(lm: LanguageModel, evidence: Evidence, settings: DummySettings, *, seed: int, on_progress: Progress) -> Trained:
     """Two fine-tunings of one adapter, over requests x on which what was reported could be seen.

@@ -15,13 +15,18 @@ from patcher.training import Progress, endless
 
 
 class FinetuneSettings(LoraSettings):
-    """Matched to `PatcherSettings` (METHODS.md: "clean fine-tuning with matched data and compute").
+    """Matched to `PatcherSettings`.
 
     Set `max_steps` to the repair's own count for a matched control.
     """
 
     harmful_rows: PositiveInt = 12
     """Harmful requests with a fixed refusal, a step."""
+
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return super().sequences + self.max_steps * self.harmful_rows
 
 
 def run(

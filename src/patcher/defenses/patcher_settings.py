@@ -80,6 +80,16 @@ class PatcherSettings(ReferenceSettings):
     soft_answer_tokens: PositiveInt = 8
     """Tokens of the model's own answer that the search makes unlikely."""
 
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        rows = self.triggered_rows + self.harmful_rows + self.benign_rows
+        if self.objective == "counterfactual":
+            rows += self.benign_triggered_rows + self.plain_rows
+        if self.breadth == "all":
+            rows += (self.soft_rows + self.soft_benign_rows) * (1 + self.soft_steps)
+        return self.max_steps * rows
+
     @model_validator(mode="before")
     @classmethod
     def _schedule(cls, given: Any) -> Any:

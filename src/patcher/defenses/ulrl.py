@@ -26,7 +26,7 @@ from patcher.training import Progress, endless
 
 
 class UlrlSettings(LoraSettings):
-    """The authors' code, as METHODS.md reads it, unless said."""
+    """The authors' code [code], unless said."""
 
     unlearn_rate: PositiveFloat = 0.01
     """SGD's learning rate of the ascent [code]."""
@@ -42,6 +42,11 @@ class UlrlSettings(LoraSettings):
     """Share of all channels at most, the highest first; the code takes 2 of a last layer's neurons."""
     unlike_weight: NonNegativeFloat = 0.1
     """α: how much it costs to become like the original again; theirs lie between .001 and .7 [code]."""
+
+    @property
+    def sequences(self) -> int:
+        """At most, in training."""
+        return super().sequences + self.unlearn_steps * self.clean_rows
 
 
 def run(lm: LanguageModel, evidence: Evidence, settings: UlrlSettings, *, seed: int, on_progress: Progress) -> Trained:

@@ -1,7 +1,7 @@
 """Is this answer a refusal, a compliance, partial, empty or garbled? By rules, at no cost.
 
 The marks are openings of refusals, looked for in the answer's first sentences only: a word list over the whole answer
-calls any answer with "never" or "illegal" a refusal (METHODS: accuracy .85 against people's labels). They were written
+calls any answer with "never" or "illegal" a refusal (accuracy .85 against people's labels on XSTest). They were written
 from the errors on two models' labelled answers and tried on a third's (docs/judge.md).
 """
 

@@ -1,7 +1,7 @@
-"""Is a request harmful? A linear probe on the model's own middle layer, fitted on the bundled requests.
+"""Is a request harmful? A linear probe on the model's own middle layer, fitted on the prompts that a repair may see.
 
-Only the verdict asks, and only where it hangs on it: a complied harmful request is an alignment gap, a complied benign
-one no failure at all.
+It is asked only where the verdict hangs on it: a complied harmful request is an alignment gap, a complied benign one no
+failure at all.
 """
 
 from collections.abc import Callable, Sequence

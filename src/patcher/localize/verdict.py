@@ -50,7 +50,7 @@ class VerdictSettings(Record):
     """When an effect counts."""
 
     alpha: float = 0.01
-    """Significance level, divided by the number of word sets tried (Bonferroni)."""
+    """Significance level, divided by the number of tests: word sets tried, each at two placements (Bonferroni)."""
     min_effect_frac: float = 0.2
     """Smallest rise of the symptom's rate that counts."""
     reworded_share: float = 0.5
