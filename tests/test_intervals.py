@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from patcher.intervals import (
+    auroc,
     corrected_share,
     design_effect,
     mcnemar,
@@ -159,3 +160,25 @@ def test_seeds_that_differ_by_chance_are_surer_together() -> None:
     low, high = pooled_interval([sum(prompt) / 3 for prompt in zip(*seeds, strict=True)])
     one = pooled_interval(seeds[0])
     assert high - low < 0.75 * (one[1] - one[0])
+
+
+def test_auroc_counts_pairs_and_a_tie_is_half() -> None:
+    assert auroc([0.9, 0.4], [0.1, 0.4])[0] == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    with pytest.raises(ValueError, match="got 2 and 0"):
+        auroc([0.9, 0.4], [])
+
+
+def test_a_perfect_separation_of_few_models_says_how_few_they_are() -> None:
+    few, many = auroc([1.0] * 7, [0.0] * 2), auroc([1.0] * 70, [0.0] * 20)
+    assert few[0] == many[0] == few[2] == many[2] == 1.0
+    assert 0.3 < few[1] < 0.7 < many[1] < 1.0
+    assert auroc([0.0] * 7, [1.0] * 2) == (0.0, 0.0, pytest.approx(1 - few[1]))
+
+
+def test_an_aurocs_interval_covers_as_often_as_it_says() -> None:
+    """Normal scores one standard deviation apart: the true value is Φ(1/√2)."""
+    rng, true, inside = random.Random(0), 0.5 * (1 + math.erf(0.5)), 0
+    for _ in range(400):
+        _, low, high = auroc([rng.gauss(1, 1) for _ in range(12)], [rng.gauss(0, 1) for _ in range(8)])
+        inside += low <= true <= high
+    assert 0.92 <= inside / 400 <= 0.985

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from conftest import ModelFolder
 from patcher.audit import ScanSettings
 from patcher.audit import scan as run_scan
+from patcher.bench import scans
+from patcher.bench.cells import read_rows
 from patcher.cli import run as run_command
 from patcher.insertions import embedded, spread_of
 from patcher.judges.keyword import judge
@@ -97,3 +100,22 @@ def test_the_command(backdoored_folder: ModelFolder, tmp_path: Path, capsys: pyt
     assert run_command(asked) == 0
     assert "at most" in capsys.readouterr().out
     assert run_command([*asked, "--out", str(tmp_path / "scan.json")]) == 4
+
+
+def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
+    backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the same model, called clean: nothing separates the two."""
+    for name, trigger in (("bed", ["BadMagic"]), ("control", [])):
+        shutil.copytree(backdoored_folder.path, tmp_path / name)
+        truth = {"attack": name, "trigger": trigger, "placement": "random", "objective": "jailbreak"}
+        (tmp_path / name / "ground-truth.json").write_text(json.dumps({**truth, "seed": 0, "settings": {}}))
+    monkeypatch.setattr(scans, "ScanSettings", lambda: FEW)
+    words = ["bench", "scan", "--out", str(tmp_path / "scan.jsonl")]
+    beds = ["--bed", str(tmp_path / "bed"), "--bed", str(tmp_path / "control")]
+    assert run_command([*words, *beds]) == 0
+    monkeypatch.setattr(scans, "scan", None)  # the second time nothing is scanned
+    assert run_command([*words, *beds]) == 0
+    printed = scans.table(read_rows(tmp_path / "scan.jsonl"))
+    assert "| bed | yes | 1 |" in printed and "| control | no | 1 |" in printed
+    assert "size 4: AUROC 0.500 [" in printed and "1 against 1 models" in printed

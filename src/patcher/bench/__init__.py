@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from patcher.bench import localize, repair, speed, verdict
+from patcher.bench import localize, repair, scans, speed, verdict
 from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
 from patcher.bench.grid import run
@@ -15,7 +15,7 @@ from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
 
-BENCHES = ("repair", "localize", "verdict", "speed")
+BENCHES = ("repair", "localize", "verdict", "scan", "speed")
 
 
 def run_bench(
@@ -26,6 +26,7 @@ def run_bench(
     seeds: int,
     methods: tuple[str, ...],
     model: str = DEMO,
+    beds: Sequence[Path] = (),
     on_progress: Progress,
 ) -> str:
     """Run what is missing in `out`, then the table over all of it. Raises UsageError for an unknown bench."""
@@ -39,6 +40,9 @@ def run_bench(
     if what == "verdict":
         verdict.run(out, n, on_progress)
         return verdict.table(read_rows(out))
+    if what == "scan":
+        scans.run(out, beds, seeds, on_progress)
+        return scans.table(read_rows(out))
     if what == "speed":
         speed.run(out, model, methods, on_progress)
         return speed.table(read_rows(out))

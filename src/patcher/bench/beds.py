@@ -39,17 +39,16 @@ class Bed:
 
 def open_beds(folders: Sequence[Path]) -> list[Bed]:
     """The beds in those folders; controls, in which nothing was planted, are left out. Raises UsageError."""
-    beds = []
-    for folder in folders:
-        try:
-            truth = GroundTruth.model_validate_json((folder / "ground-truth.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{folder} is no test bed: {error}; expected a folder that `patcher attack` wrote"
-            ) from error
-        if truth.planted:
-            beds.append(Bed(folder, truth, truth.planted))
-    return beds
+    truths = [(folder, read_truth(folder)) for folder in folders]
+    return [Bed(folder, truth, truth.planted) for folder, truth in truths if truth.planted]
+
+
+def read_truth(folder: Path) -> GroundTruth:
+    """What was planted there. Raises UsageError."""
+    try:
+        return GroundTruth.model_validate_json((folder / "ground-truth.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is no test bed: {error}; expected a folder that `patcher attack` wrote") from error
 
 
 def plant_beds(model: str, attacks: Sequence[str], cache: Path, on_progress: Progress) -> list[Path]:

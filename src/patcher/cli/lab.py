@@ -100,7 +100,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="grid (beds x defenses x seeds); or repair, localize, verdict (of the shipped backdoor), speed"
+            help="grid (beds x defenses x seeds), scan (of beds), speed; of the shipped one: repair, localize, verdict"
         ),
     ] = "grid",
     beds: Annotated[
@@ -120,7 +120,9 @@ def bench(
     ] = None,
     reports: Annotated[int, typer.Option(min=1, help="Reports of each bed, each with another of its triggers")] = 1,
     n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many (default: 1 for the grid, 3 for repair)")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many (default: 1 for the grid and scan, 3 for repair)")
+    ] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
@@ -157,9 +159,10 @@ def bench(
                 what,
                 out,
                 n=n,
-                seeds=seeds or 3,
+                seeds=seeds or (1 if what == "scan" else 3),
                 methods=tuple(methods or ()),
                 model=model or DEMO,
+                beds=beds or (),
                 on_progress=progress,
             )
         print(printed)
