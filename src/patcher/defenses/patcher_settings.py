@@ -41,8 +41,9 @@ class PatcherSettings(ReferenceSettings):
     """No decay: training stops when the repair is done, not at a planned step."""
     stop_early: bool = True
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
-    dead_frac: NonNegativeFloat = 0.0125
-    """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, too."""
+    dead_frac: NonNegativeFloat = 0.025
+    """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, and one more
+    is chance."""
     check_every: PositiveInt = 10
     """Steps between checks on validation prompts."""
     triggered_rows: PositiveInt = 8
