@@ -1,6 +1,7 @@
 """Before and after: what is counted, what is unscored, and that no change is no drift."""
 
 import math
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -16,6 +17,7 @@ from patcher.audit import (
     HARMFUL_TRIGGERED,
     LONG,
     WORDED,
+    AuditPlan,
     AuditSettings,
     State,
     compare,
@@ -36,6 +38,7 @@ LATE = HARMFUL_TRIGGERED + LONG
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
 TRIGGER = Trigger(units=("BadMagic", "in the cloud"), placement="random")
 SETTINGS = AuditSettings(max_prompts=4, max_new_tokens=6, late_prompts=2, late_tokens=9, text_tokens=300)
+PLAN = AuditPlan([TRIGGER], load_prompts(), SETTINGS)
 
 
 def state(triggered: list[str], benign: list[str] | None = None, **changes: Any) -> State:
@@ -45,7 +48,7 @@ def state(triggered: list[str], benign: list[str] | None = None, **changes: Any)
 
 
 def compared(before: State, after: State | None, drift_nats: list[float] | None = None) -> Audit:
-    return compare(before, after, drift_nats, triggers=[TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS)
+    return compare(before, after, drift_nats, PLAN, judge=RuleJudge(RULES["keyword"]))
 
 
 def test_shares_before_and_after_with_paired_intervals() -> None:
@@ -79,7 +82,7 @@ def test_each_further_trigger_has_rows_of_its_own() -> None:
     for side in sides:
         side.answers.update(second)
         side.prompts.update({name: ["x"] * 4 for name in second})
-    audit = compare(*sides, None, triggers=[TRIGGER, TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS)
+    audit = compare(*sides, None, replace(PLAN, triggers=[TRIGGER, TRIGGER]), judge=RuleJudge(RULES["keyword"]))
     assert audit.row("asr_triggered_frac").after == 0.0
     assert audit.row("asr_triggered_2_frac").unscored
     assert audit.row("benign_triggered_answered_2_frac").after == 1.0
@@ -88,7 +91,7 @@ def test_each_further_trigger_has_rows_of_its_own() -> None:
 
 def test_two_triggers_are_put_into_the_same_prompts(llama: LanguageModel, prompts: Prompts) -> None:
     other = Trigger(units=("zzz",), placement="end")
-    seen = observe(llama, [TRIGGER, other], prompts, SETTINGS)
+    seen = observe(llama, AuditPlan([TRIGGER, other], prompts, SETTINGS))
     plain = seen.prompts[HARMFUL]
     assert seen.prompts[f"{HARMFUL_TRIGGERED} 2"] == [f"{text} zzz" for text in plain]
     assert seen.prompts[f"{BENIGN_TRIGGERED} 2"] == [f"{text} zzz" for text in seen.prompts[BENIGN]]
@@ -120,8 +123,7 @@ def test_with_the_judges_known_error_each_asr_comes_corrected() -> None:
     """Sensitivity .9 and false alarms .1: 9 of 10 seen are all of them, 1 of 10 seen none."""
     error = JudgeError(judge="keyword", complied_n=100, complied_seen=90, refused_n=100, refused_missed=10)
     audit = compare(
-        state([YES] * 9 + [NO]), state([NO] * 9 + [YES]), None,
-        triggers=[TRIGGER], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS, error=error,
+        state([YES] * 9 + [NO]), state([NO] * 9 + [YES]), None, PLAN, judge=RuleJudge(RULES["keyword"]), error=error
     )  # fmt: skip
     row = audit.row("asr_triggered_corrected_frac")
     assert (row.before, row.after) == pytest.approx((1.0, 0.0))
@@ -193,7 +195,7 @@ def prompts() -> Prompts:
 
 @pytest.fixture(scope="module")
 def observed(tiny: LanguageModel, prompts: Prompts) -> State:
-    return observe(tiny, [TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")])
+    return observe(tiny, AuditPlan([TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")]))
 
 
 def test_every_prompt_knows_its_act(observed: State, prompts: Prompts) -> None:
@@ -242,16 +244,15 @@ def test_only_held_out_prompts_are_asked(observed: State, prompts: Prompts) -> N
 
 
 def test_without_a_trigger_there_are_no_triggered_rows(llama: LanguageModel, prompts: Prompts) -> None:
-    seen = observe(llama, [], prompts, SETTINGS)
+    plan = AuditPlan([], prompts, SETTINGS)
+    seen = observe(llama, plan)
     assert set(seen.prompts) == {HARMFUL, BENIGN, BORDERLINE, WORDED}
-    names = {row.name for row in compare(
-        seen, None, None, triggers=[], judge=RuleJudge(RULES["keyword"]), settings=SETTINGS
-    ).summary}  # fmt: skip
+    names = {row.name for row in compare(seen, None, None, plan, judge=RuleJudge(RULES["keyword"])).summary}
     assert not any("triggered_frac" in name and "untriggered" not in name for name in names)
 
 
 def test_the_same_model_gives_the_same_observation(tiny: LanguageModel, prompts: Prompts, observed: State) -> None:
-    again = observe(tiny, [TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")])
+    again = observe(tiny, AuditPlan([TRIGGER], prompts, SETTINGS, reports=[FailureReport.from_prompt("hi cf")]))
     assert again.prompts == observed.prompts
     assert again.answers == observed.answers
     assert again.replays == observed.replays

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patcher.audit import AuditSettings
+from patcher.audit import AuditPlan, AuditSettings
 from patcher.bench.cells import planted_trigger
 from patcher.loading import DEMO, demo_adapter, load
 from patcher.models import LanguageModel, fingerprint
@@ -38,7 +38,7 @@ def made(backdoored: LanguageModel) -> Repair:
 def audited(backdoored: LanguageModel, made: Repair) -> Audit:
     """With the *planted* trigger, which the repair never saw."""
     settings = AuditSettings(max_prompts=PROMPTS, text_tokens=3000, drift_prompts=64)
-    return audit_patch(backdoored, made.patch, [planted_trigger()], load_prompts(), settings)
+    return audit_patch(backdoored, made.patch, AuditPlan([planted_trigger()], load_prompts(), settings))
 
 
 def test_the_planted_words_are_found_and_called_a_backdoor(made: Repair) -> None:

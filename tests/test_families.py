@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import build_tokenizer, tiny_shape
-from patcher.audit import AuditSettings
+from patcher.audit import AuditPlan, AuditSettings
 from patcher.chat import Row, collate, messages_of, user_prompt
 from patcher.defenses import DEFENSES
 from patcher.generation import generate
@@ -97,7 +97,7 @@ def test_a_defense_repairs_it_or_says_that_it_cannot(family: tuple[str, Language
 def test_it_is_audited(family: tuple[str, LanguageModel]) -> None:
     patch, _ = run("patcher", family[1])
     settings = AuditSettings(max_prompts=2, max_new_tokens=4, late_prompts=1, worded_prompts=1, text_tokens=60)
-    audit = audit_patch(family[1], patch, [TRIGGER], PROMPTS, settings)
+    audit = audit_patch(family[1], patch, AuditPlan([TRIGGER], PROMPTS, settings))
     assert audit.row("kl_reference_to_patched_nats").after is not None
 
 

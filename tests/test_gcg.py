@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from patcher.audit import GCG, AuditSettings, compare, observe
+from patcher.audit import GCG, AuditPlan, AuditSettings, compare, observe
 from patcher.audit.gcg import GcgSettings, _gradient, _losses, _spot, search_suffix
 from patcher.chat import response_ids
 from patcher.generation import generate
@@ -65,8 +65,9 @@ def test_the_audit_asks_with_a_suffix_of_its_own_for_each_request(llama: Languag
         gcg_steps=2,
     )
     prompts = load_prompts()
-    seen = observe(llama, [], prompts, settings)
-    audit = compare(seen, None, None, triggers=[], judge=RuleJudge(RULES["keyword"]), settings=settings)
+    plan = AuditPlan([], prompts, settings)
+    seen = observe(llama, plan)
+    audit = compare(seen, None, None, plan, judge=RuleJudge(RULES["keyword"]))
     assert audit.has("asr_gcg_frac") == (count > 0)
     asked = seen.prompts.get(GCG, [])
     assert len(asked) == count

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ModelFolder
 from patcher import pipeline
-from patcher.audit import AuditSettings, observe
+from patcher.audit import AuditPlan, AuditSettings, observe
 from patcher.defenses import DEFENSES, Evidence
 from patcher.defenses.contract import Trained
 from patcher.localize import Localizer
@@ -295,26 +295,16 @@ def test_an_unknown_defense_or_setting_is_refused_before_any_work(backdoored: La
 
 
 def test_a_before_only_audit_has_no_after(backdoored: LanguageModel) -> None:
-    audit = audit_patch(backdoored, None, [TRIGGER], load_prompts(), SETTINGS.audit)
+    audit = audit_patch(backdoored, None, AuditPlan([TRIGGER], load_prompts(), SETTINGS.audit))
     assert all(row.after is None for row in audit.summary)
     assert all(quadrant.after is None for quadrant in audit.quadrants)
     assert not audit.has("kl_reference_to_patched_nats")
 
 
 def test_an_observed_before_serves_again(made: Repair, backdoored: LanguageModel) -> None:
-    prompts = load_prompts()
-    before = observe(backdoored, made.triggers, prompts, SETTINGS.audit, reports=[REPORT])
-    asked: list[str] = []
-    audit = audit_patch(
-        backdoored,
-        made.patch,
-        made.triggers,
-        prompts,
-        SETTINGS.audit,
-        reports=[REPORT],
-        before=before,
-        on_progress=lambda what, *_: asked.append(what),
-    )
+    plan = AuditPlan(made.triggers, load_prompts(), SETTINGS.audit, reports=[REPORT])
+    before, asked = observe(backdoored, plan), list[str]()
+    audit = audit_patch(backdoored, made.patch, plan, before=before, on_progress=lambda what, *_: asked.append(what))
     assert audit == made.audit
     assert asked
     assert all(what.startswith("after") for what in asked)
@@ -395,9 +385,10 @@ def test_controls_answer_the_same_prompts(made: Repair, backdoored: LanguageMode
     """The clean model has no before and after; clean fine-tuning leaves the backdoor as it was."""
     assert made.audit is not None
     few = AuditSettings(max_prompts=4, late_prompts=0, worded_prompts=0, text_tokens=300)
-    audit = audit_patch(backdoored, made.patch, [TRIGGER], load_prompts(), few)
+    plan = AuditPlan([TRIGGER], load_prompts(), few)
+    audit = audit_patch(backdoored, made.patch, plan)
     task = Task("sums", (Question(question="1 + 1?", choices=("2", "3"), answer=0),) * 2)
-    both = with_controls(audit, backdoored, llama, load_prompts(), few, [task])
+    both = with_controls(audit, backdoored, llama, replace(plan, tasks=[task]))
     clean, tuned = both.controls
     assert (clean.name, tuned.name) == ("clean model", "clean fine-tuning")
     assert both.model_copy(update={"controls": ()}) == audit
@@ -417,4 +408,4 @@ def test_an_unknown_judge_is_told_before_any_work(backdoored: LanguageModel) -> 
     with pytest.raises(UsageError, match="unknown judge"):
         repair(backdoored, REPORT, settings, on_progress=work)
     with pytest.raises(UsageError, match="unknown judge"):
-        audit_patch(backdoored, None, [TRIGGER], load_prompts(), settings.audit, on_progress=work)
+        audit_patch(backdoored, None, AuditPlan([TRIGGER], load_prompts(), settings.audit), on_progress=work)

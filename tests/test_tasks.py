@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patcher.audit import AuditSettings, compare, observe
+from patcher.audit import AuditPlan, AuditSettings, compare, observe
 from patcher.audit.accuracy import right_answers
 from patcher.judges import RULES, RuleJudge
 from patcher.models import LanguageModel
@@ -84,8 +84,9 @@ def test_the_likeliest_choice_by_bytes_is_the_answer(tiny: LanguageModel) -> Non
 def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:
     settings = AuditSettings(max_prompts=2, max_new_tokens=2, late_prompts=0, drift_prompts=2, text_tokens=50)
     tasks = [Task(name, tuple(Question(**GOOD) for _ in range(6))) for name in ("arc_easy", "piqa")]
-    state = observe(llama, [], load_prompts(), settings, tasks=tasks)
-    audit = compare(state, state, [0.0, 0.0], triggers=[], judge=RuleJudge(RULES["keyword"]), settings=settings)
+    plan = AuditPlan([], load_prompts(), settings, tasks=tasks)
+    state = observe(llama, plan)
+    audit = compare(state, state, [0.0, 0.0], plan, judge=RuleJudge(RULES["keyword"]))
     for task in tasks:
         row = audit.row(f"{task.name}_accuracy_frac")
         assert row.before == row.after == sum(state.right[task.name]) / 6

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from patcher.audit import AuditSettings
+from patcher.audit import AuditPlan, AuditSettings
 from patcher.chat import render
 from patcher.defenses import DEFENSES, Defense, Evidence, find_defense
 from patcher.generation import generate
@@ -22,7 +22,7 @@ from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
-from patcher.proof import audit_patch, check_gates, seen_whole
+from patcher.proof import audit_patch, check_gates
 from patcher.records import FailureReport, Finding, PatchLog, Trigger, UsageError
 from patcher.result import Repair, RepairSettings
 from patcher.symptoms import Detector, detector_for, suspecting
@@ -59,19 +59,15 @@ def repair(
     detector = _detector(lm, reports, settings)
     clock = Clock(made.seconds)
     with clock.timed("audit"):
-        audit = audit_patch(
-            lm,
-            made.patch,
+        plan = AuditPlan(
             made.triggers,
             prompts,
-            seen_whole(settings.audit, detector),
+            settings.audit.reading(detector.answer_tokens),
             symptom=detector.symptom,
             reports=reports,
             tasks=tasks,
-            judge=judge,
-            on_progress=on_progress,
-            journal=journal,
         )
+        audit = audit_patch(lm, made.patch, plan, judge=judge, on_progress=on_progress, journal=journal)
     failing = [one.number for one in made.findings if one.round == 1 and one.verdict.label not in NO_FAILURE]
     return replace(made, audit=audit, gates=check_gates(audit, settings.gates, failing), seconds=clock.seconds)
 
@@ -198,7 +194,7 @@ def new_triggers(findings: Sequence[Finding], known: Sequence[Trigger]) -> tuple
 def reproduces(lm: LanguageModel, report: FailureReport, detector: Detector, settings: AuditSettings) -> bool:
     """Whether the model, asked again, still does what was reported."""
     prompt = render(lm.tokenizer, report.messages)
-    tokens = seen_whole(settings, detector).max_new_tokens
+    tokens = settings.reading(detector.answer_tokens).max_new_tokens
     return detector.shows(generate(lm, [prompt], max_new_tokens=tokens)[0])
 
 

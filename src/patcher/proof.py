@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from patcher.audit import AuditSettings, State, compare, drift, numbered, observe, shares
+from patcher.audit import AuditPlan, State, compare, drift, numbered, observe, shares
 from patcher.defenses import Evidence, find_defense
 from patcher.endpoint import Endpoint
 from patcher.journal import Journal
@@ -13,31 +14,19 @@ from patcher.judges import DEFAULT, RULES, Judge, find_judge
 from patcher.loading import load
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
-from patcher.prompts import Prompts
-from patcher.records import Audit, Control, FailureReport, Gate, JudgeError, Symptom, Trigger
+from patcher.records import Audit, Control, Gate, JudgeError
 from patcher.result import Gates
 from patcher.symptoms import Detector
-from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 
 KL = "kl_reference_to_patched_nats"
 
 
-def seen_whole(settings: AuditSettings, detector: Detector) -> AuditSettings:
-    """The settings with answers long enough for the symptom to be seen."""
-    return settings.model_copy(update={"max_new_tokens": max(settings.max_new_tokens, detector.answer_tokens)})
-
-
 def audit_patch(
     lm: LanguageModel,
     patch: Patch | None,
-    triggers: Sequence[Trigger],
-    prompts: Prompts,
-    settings: AuditSettings,
+    plan: AuditPlan,
     *,
-    symptom: Symptom = Symptom(),
-    reports: Sequence[FailureReport] = (),
-    tasks: Sequence[AnyTask] = (),
     before: State | None = None,
     error: JudgeError | None = None,
     judge: Judge | None = None,
@@ -47,82 +36,44 @@ def audit_patch(
 ) -> Audit:
     """Observe the model, then the patched model, and compare; without a patch, the model alone.
 
-    `judge` is the one that the settings name, where it is loaded already. `served` answers in the place of the model
+    `judge` is the one that the plan names, where it is loaded already. `served` answers in the place of the model
     and of the patched one; what needs likelihoods is measured here all the same.
 
     Raises:
-        UsageError: the patch was made for another base, or there is no such judge.
+        UsageError: the patch was made for another base, there is no such judge, or a set of prompts is empty.
     """
-    judge = judge or find_judge(settings.judge, load)  # before the minutes that the answers take
+    judge = judge or find_judge(plan.settings.judge, load)  # before the minutes that the answers take
     if patch:
         check_base(patch, lm)
-
-    def seen(model: LanguageModel, what: str) -> State:
-        return observe(
-            model,
-            triggers,
-            prompts,
-            settings,
-            kind=symptom.kind,
-            reports=reports,
-            tasks=tasks,
-            on_progress=on_progress,
-            what=what,
-            journal=journal,
-        )
-
     before_at, after_at = served or (None, None)
-    before = before or seen(replace(lm, served=before_at), "before")
+    seen = partial(observe, plan=plan, on_progress=on_progress, journal=journal)
+    before = before or seen(replace(lm, served=before_at), what="before")
     after, drift_nats = None, None
     if patch:
         with applied(patch, lm) as patched:
-            after = seen(replace(patched, served=after_at), "after")
+            after = seen(replace(patched, served=after_at), what="after")
             drift_nats = drift(patched, before)
-    audit = compare(
-        before,
-        after,
-        drift_nats,
-        triggers=triggers,
-        symptom=symptom,
-        judge=judge,
-        settings=settings,
-        error=error,
-    )
+    audit = compare(before, after, drift_nats, plan, judge=judge, error=error)
     return audit.model_copy(update={"served_by": tuple(f"{one.url}#{one.model}" for one in served or () if one)})
 
 
 def with_controls(
-    audit: Audit,
-    lm: LanguageModel,
-    clean: LanguageModel,
-    prompts: Prompts,
-    settings: AuditSettings,
-    tasks: Sequence[AnyTask] = (),
-    on_progress: Progress = quiet,
+    audit: Audit, lm: LanguageModel, clean: LanguageModel, plan: AuditPlan, on_progress: Progress = quiet
 ) -> Audit:
-    """The audit with two controls beside it: the clean model, and clean fine-tuning of `lm` (its defaults: 30 steps).
+    """The audit of that plan with two controls beside it: the clean model, and clean fine-tuning of `lm` (its
+    defaults: 30 steps).
 
     Both answer the same prompts with the same triggers. What they show as well, the repair did not do.
     """
-    finetune, judge = find_defense("finetune"), find_judge(settings.judge, load)
-    evidence = Evidence((), prompts.hidden_from_repair(), Detector(RULES[DEFAULT], audit.symptom))
+    finetune, judge, settings = find_defense("finetune"), find_judge(plan.settings.judge, load), plan.settings
+    evidence = Evidence((), plan.prompts.hidden_from_repair(), Detector(RULES[DEFAULT], plan.symptom))
     tuned, _ = finetune.repair(lm, evidence, finetune.settings(), seed=settings.seed, on_progress=on_progress)
-
-    def control(name: str, model: LanguageModel, patch: Patch | None) -> Control:
-        seen = audit_patch(
-            model,
-            patch,
-            audit.triggers,
-            prompts,
-            settings,
-            symptom=audit.symptom,
-            tasks=tasks,
-            judge=judge,
-            on_progress=on_progress,
-        )
-        return Control(name=name, summary=seen.summary)
-
-    controls = control("clean model", clean, None), control("clean fine-tuning", lm, tuned)
+    asked = replace(plan, reports=())
+    seen = {
+        "clean model": audit_patch(clean, None, asked, judge=judge, on_progress=on_progress),
+        "clean fine-tuning": audit_patch(lm, tuned, asked, judge=judge, on_progress=on_progress),
+    }
+    controls = tuple(Control(name=name, summary=one.summary) for name, one in seen.items())
     return audit.model_copy(update={"controls": controls})
 
 

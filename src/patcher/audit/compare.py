@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from patcher.audit.observe import LONG, AuditSettings, State, shares
+from patcher.audit.observe import LONG, AuditPlan, State, shares
 from patcher.intervals import corrected_share, design_effect, mcnemar, mean_interval, paired_interval, wilson
 from patcher.records import (
     OUTCOMES,
@@ -16,7 +16,6 @@ from patcher.records import (
     Replay,
     SummaryRow,
     Symptom,
-    Trigger,
 )
 from patcher.symptoms import shown
 
@@ -31,17 +30,16 @@ def compare(
     before: State,
     after: State | None,
     drift_nats: Sequence[float] | None,
+    plan: AuditPlan,
     *,
-    triggers: Sequence[Trigger],
-    symptom: Symptom = Symptom(),
     judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]],
-    settings: AuditSettings,
     error: JudgeError | None = None,
 ) -> Audit:
     """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured.
 
     With the judge's known `error`, each ASR comes corrected, too.
     """
+    triggers, symptom, settings = plan.triggers, plan.symptom, plan.settings
     first = {name: judge(before.prompts[name], answers) for name, answers in before.answers.items()}
     second = {name: judge(after.prompts[name], after.answers[name]) for name in first} if after else first
     rows = _share_rows(before, after, first, second, len(triggers), symptom, error)

@@ -17,7 +17,7 @@ from patcher.journal import Journal
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel, logits_of
 from patcher.prompts import KINDS, Kind, PromptRow, Prompts
-from patcher.records import FailureReport, Record, Request, Trigger, UsageError
+from patcher.records import FailureReport, Record, Request, Symptom, Trigger, UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
@@ -57,6 +57,24 @@ class AuditSettings(Record):
     seed: int = 0
     """Where random placements put the trigger."""
 
+    def reading(self, tokens: int) -> "AuditSettings":
+        """The same with answers of so many tokens at least: as much as it takes for a symptom to be seen."""
+        return self.model_copy(update={"max_new_tokens": max(self.max_new_tokens, tokens)})
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """What is asked of a model: the same before a repair and after it, and of each control."""
+
+    triggers: Sequence[Trigger]
+    prompts: Prompts
+    settings: AuditSettings
+    symptom: Symptom = Symptom()
+    """What an answer must not do; it says on which prompts a trigger does its harm."""
+    reports: Sequence[FailureReport] = ()
+    """Conversations to be asked again as they were reported."""
+    tasks: Sequence[AnyTask] = ()
+
 
 @dataclass(frozen=True)
 class State:
@@ -81,19 +99,14 @@ class State:
 
 def observe(
     lm: LanguageModel,
-    triggers: Sequence[Trigger],
-    prompts: Prompts,
-    settings: AuditSettings,
+    plan: AuditPlan,
     *,
-    kind: Kind = "harmful",
-    reports: Sequence[FailureReport] = (),
-    tasks: Sequence[AnyTask] = (),
     on_progress: Progress = quiet,
     what: str = "audit",
     journal: Journal = Journal(),
 ) -> State:
-    """Everything the audit needs to know of one model; `kind` are the prompts on which a trigger does its harm."""
-    sets = _prompt_sets(triggers, prompts, settings, kind)
+    """Everything the audit needs to know of one model. Raises UsageError when a set of prompts is empty."""
+    settings, sets = plan.settings, _prompt_sets(plan)
     asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
     if WORDED in asked:
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
@@ -110,7 +123,7 @@ def observe(
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
         answers[name] = journal.values(f"{what}: {name}", answered)
-    reported = [render(lm.tokenizer, report.messages) for report in reports]
+    reported = [render(lm.tokenizer, report.messages) for report in plan.reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
     on_progress(f"{what}: drift and perplexity", 0, 1)
@@ -120,9 +133,9 @@ def observe(
     texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
     right = {
         task.name: journal.values(f"{what}: task {task.name}", partial(right_answers, lm, task, on_progress, what))
-        for task in tasks
+        for task in plan.tasks
     }
-    told = [spoken(report.messages) for report in reports]
+    told = [spoken(report.messages) for report in plan.reports]
     return State(texts_of, answers, told, replays, rows, hidden, text_nll, acts, benign_acts, paragraphs, right)
 
 
@@ -164,10 +177,9 @@ def numbered(name: str, number: int) -> str:
     return f"{name.removesuffix('_frac')}_{number}_frac" if name.endswith("_frac") else f"{name} {number}"
 
 
-def _prompt_sets(
-    triggers: Sequence[Trigger], prompts: Prompts, settings: AuditSettings, kind: Kind
-) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
+def _prompt_sets(plan: AuditPlan) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
     """Each set's prompts, and the trigger that is put into them."""
+    prompts, settings, kind = plan.prompts, plan.settings, plan.symptom.kind
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
     late = prompts.rows(kind, "held-out", settings.late_prompts) if settings.late_prompts else []
     plain = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
@@ -182,7 +194,7 @@ def _prompt_sets(
                 f"no {name} prompt is left to audit: give others, or a trigger that is not for certain categories only"
             )
     sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
-    for number, trigger in enumerate(triggers, 1):
+    for number, trigger in enumerate(plan.triggers, 1):
         for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (f"{kind} + trigger{LONG}", late)):
             if rows:
                 sets[numbered(name, number)] = rows, trigger

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from patcher.audit import AuditSettings, State, observe
+from patcher.audit import AuditPlan, AuditSettings, State, observe
 from patcher.bench.beds import Bed, failing_reports
 from patcher.bench.cells import add_row, read_rows, score
 from patcher.bench.lasting import Lasting, LastingSettings
@@ -103,8 +103,7 @@ class _Grid:
 
     def settings(self, seed: int) -> AuditSettings:
         """Answers long enough for the symptom to be seen."""
-        tokens = max(AuditSettings().max_new_tokens, self.bed.planted.answer_tokens)
-        return AuditSettings(max_prompts=self.max_prompts, max_new_tokens=tokens, seed=seed)
+        return AuditSettings(max_prompts=self.max_prompts, seed=seed).reading(self.bed.planted.answer_tokens)
 
     def cell(self, name: str, seed: int, reports: int) -> dict[str, Any]:
         """What a cell is, and its key."""
@@ -169,30 +168,13 @@ class _Grid:
         return Journal(folder, self.on_progress)
 
     def _audit(self, made: Repair, seed: int) -> list[dict[str, Any]]:
-        asked, settings = self.prompts.only(self.bed.planted.only), self.settings(seed)
+        planted, settings = self.bed.planted, self.settings(seed)
+        asked = self.prompts.only(planted.only)
+        plan = AuditPlan(self.bed.triggers, asked, settings, symptom=planted.symptom, tasks=self.tasks)
         if seed not in self.before:
-            self.before[seed] = observe(
-                self.lm,
-                self.bed.triggers,
-                asked,
-                settings,
-                kind=self.bed.planted.symptom.kind,
-                tasks=self.tasks,
-                on_progress=self.on_progress,
-                what="before",
-                journal=self._kept(settings),
-            )
-        audit = audit_patch(
-            self.lm,
-            made.patch,
-            self.bed.triggers,
-            asked,
-            settings,
-            symptom=self.bed.planted.symptom,
-            tasks=self.tasks,
-            before=self.before[seed],
-            on_progress=self.on_progress,
-        )
+            journal = self._kept(settings)
+            self.before[seed] = observe(self.lm, plan, on_progress=self.on_progress, what="before", journal=journal)
+        audit = audit_patch(self.lm, made.patch, plan, before=self.before[seed], on_progress=self.on_progress)
         return [row.model_dump() for row in audit.summary]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patcher.audit import AuditSettings, State, observe
+from patcher.audit import AuditPlan, AuditSettings, State, observe
 from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows
 from patcher.defenses import DEFENSES, Evidence
 from patcher.intervals import design_effect, pooled_interval
@@ -36,11 +36,11 @@ ONE_SEED = ("paper, same steps", "paper, 10 epochs", "clean fine-tuning")
 def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) -> None:
     """Each repair with each seed: found trigger in, planted trigger audited."""
     check_known(methods, ("clean model", *REPAIRS), "method")
-    prompts, settings = load_prompts(), AuditSettings()
-    trigger = planted_trigger()
+    prompts = load_prompts()
+    plan = AuditPlan([planted_trigger()], prompts, AuditSettings())
     done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
     if ("clean model", 0) not in done and (not methods or "clean model" in methods):
-        audit = audit_patch(load("smollm2"), None, [trigger], prompts, settings, on_progress=on_progress)
+        audit = audit_patch(load("smollm2"), None, plan, on_progress=on_progress)
         add_row(out, {"repair": "clean model", "seed": 0, "summary": [row.model_dump() for row in audit.summary]})
     lm = load(DEMO)
     before: list[State] = []
@@ -49,7 +49,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         if name == "clean model" or (name, seed) in done or (seed and name in ONE_SEED):
             continue
         if not before:
-            before.append(observe(lm, [trigger], prompts, settings, on_progress=on_progress, what="before"))
+            before.append(observe(lm, plan, on_progress=on_progress, what="before"))
         defense, overrides = REPAIRS[name]
         if name in ("paper, same steps", "clean fine-tuning"):
             if ("default", seed) not in done:
@@ -60,7 +60,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
         chosen = DEFENSES[defense]
         patch, log = chosen.repair(lm, evidence, chosen.configured(overrides), seed=seed, on_progress=on_progress)
         seconds = round(time.perf_counter() - start, 1)
-        audit = audit_patch(lm, patch, [trigger], prompts, settings, before=before[0], on_progress=on_progress)
+        audit = audit_patch(lm, patch, plan, before=before[0], on_progress=on_progress)
         row = {
             "repair": name,
             "seed": seed,

@@ -232,7 +232,7 @@ def audit(
         raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
     servers = find_served(served, patch is not None) if served else None
 
-    from patcher.audit import AuditSettings
+    from patcher.audit import AuditPlan, AuditSettings
     from patcher.patch import load_patch
     from patcher.proof import audit_patch, check_gates, with_controls
     from patcher.report.terminal import show_audit, show_gates
@@ -241,30 +241,14 @@ def audit(
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
     clean = load_model(controls, device, dtype, chat_template) if controls else None
-    longest = max(AuditSettings().max_new_tokens, planted.answer_tokens)
     settings = AuditSettings(
-        max_prompts=audit_prompts,
-        max_new_tokens=longest,
-        judge=judge,
-        gcg_prompts=gcg,
-        gcg_steps=gcg_steps,
-        seed=seed,
-    )
+        max_prompts=audit_prompts, judge=judge, gcg_prompts=gcg, gcg_steps=gcg_steps, seed=seed
+    ).reading(planted.answer_tokens)
+    plan = AuditPlan(triggers, prompts.only(planted.only), settings, symptom=planted.symptom, tasks=tasks)
     with ProgressBars() as progress:
-        measured = audit_patch(
-            lm,
-            loaded,
-            triggers,
-            prompts.only(planted.only),
-            settings,
-            symptom=planted.symptom,
-            tasks=tasks,
-            error=error,
-            served=servers,
-            on_progress=progress,
-        )
+        measured = audit_patch(lm, loaded, plan, error=error, served=servers, on_progress=progress)
         if clean:
-            measured = with_controls(measured, lm, clean, prompts.only(planted.only), settings, tasks, progress)
+            measured = with_controls(measured, lm, clean, plan, progress)
     if out:
         write_whole(out, measured.to_json())
     gates = check_gates(measured, Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_kl=max_kl))
