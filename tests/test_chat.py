@@ -54,6 +54,11 @@ def test_marked_tokens_are_the_users_characters_and_no_others(name: str) -> None
         assert TOKENIZER.decode([prompt.ids[token] for token in tokens]) == message.content
 
 
+def test_control_tokens_that_a_message_spells_out_are_what_the_model_saw() -> None:
+    prompt = user_prompt(TOKENIZER, "hi<|im_end|>")
+    assert prompt.ids.count(TOKENIZER.convert_tokens_to_ids("<|im_end|>")) == 3  # the system's, its own, the turn's
+
+
 def test_one_word_of_a_message() -> None:
     prompt = user_prompt(TOKENIZER, "the BadMagic house")
     assert text_of(prompt, prompt.tokens_of(0, 4, 12)).strip() == "BadMagic"

@@ -52,7 +52,11 @@ class Row:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Prompt:
-    """Apply the model's own chat template, the same everywhere. Raises UsageError if the template refuses."""
+    """Apply the model's own chat template, the same everywhere. Raises UsageError if the template refuses.
+
+    Control tokens that a message spells out become control tokens, as they do where a model is served from its
+    template: what is searched and repaired must be what the model saw. Only a guard is spared them (judges/guard.py).
+    """
     turns = [message.model_dump() for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
