@@ -111,16 +111,16 @@ def mend(
     failing = [finding.number for finding in findings if finding.verdict.label not in NO_FAILURE]
     if not _to_be_patched(defense, settings, detector, findings, triggers):
         return made
-    for turn in itertools.count(2):
+    for turn in itertools.count(1):
         evidence = Evidence(triggers, prompts, detector)
         train = partial(defense.repair, lm, evidence, own, seed=settings.seed, on_progress=on_progress)
         with clock.timed("patch"):
-            patch, log = journal.once(f"round {turn - 1}: patch", train, _save_patch, _read_patch)
+            patch, log = journal.once(f"round {turn}: patch", train, _save_patch, _read_patch)
         if not defense.needs_trigger:  # it does the same whatever is found
             break
         with applied(patch, lm) as patched:
             still = [number for number in failing if reproduces(patched, reports[number - 1], detector, settings.audit)]
-            again = look(patched, still, turn) if still and triggers else []
+            again = look(patched, still, turn + 1) if still and triggers else []
         findings += again
         more = new_triggers(again, triggers)
         if not more:

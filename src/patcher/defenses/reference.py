@@ -56,28 +56,28 @@ class ReferenceAnswers:
             what = f"reference answers, {what}"
             return own_examples(lm, texts, detector.judge, tokens, on_progress, what)
 
-        limit = settings.max_prompts
-        self.harmful = own(prompts.texts("harmful", "repair", limit), "harmful")
-        self.benign = own(prompts.texts("benign", "repair", limit) + prompts.texts("borderline", "repair"), "benign")
-        answers = answered(self.benign)
-        self.kept = answers or self.benign
+        most = settings.max_prompts
+        self.harmful = own(prompts.texts("harmful", "repair", most), "harmful")
+        self.benign = own(prompts.texts("benign", "repair", most) + prompts.texts("borderline", "repair"), "benign")
+        complied = answered(self.benign)
+        self.kept = complied or self.benign
         self.normal = [one for one in (self.harmful if on_harmful else self.benign) if detector.is_normal(one.answer)]
         # Benign answers that only the trigger brings: a repair must not take them back either; but where there are no
         # others, they are the backdoor itself.
-        self.keeps_triggered = bool(triggers and on_harmful and answers)
+        self.keeps_triggered = bool(triggers and on_harmful and complied)
         refused = [one for one in self.benign if one.outcome == "refused"] if self.keeps_triggered else []
         self.lifted = answered(own(self._with_trigger(refused), "benign + trigger"))
 
-        few, limit = settings.validation_drift_prompts, settings.validation_prompts
-        many = max(few, limit)
-        self.validation_harmful = own(prompts.texts("harmful", "validation", many if on_harmful else few), "validation")
-        self.validation_benign = own(prompts.texts("benign", "validation", few if on_harmful else many), "validation")
-        attacked = self.validation_harmful if on_harmful else self.validation_benign
-        self.validation_harmful, self.validation_benign = self.validation_harmful[:few], self.validation_benign[:few]
-        answers = answered(self.validation_benign) if triggers and on_harmful else []
-        self.validation_benign_triggered = after(lm, answers, self._with_trigger(answers))
+        few, many = settings.validation_drift_prompts, settings.validation_prompts
+        sizes = {"harmful": few, "benign": few, detector.symptom.kind: max(few, many)}
+        harmful = own(prompts.texts("harmful", "validation", sizes["harmful"]), "validation")
+        benign = own(prompts.texts("benign", "validation", sizes["benign"]), "validation")
+        self.validation_harmful, self.validation_benign = harmful[:few], benign[:few]
+        in_trigger = answered(self.validation_benign) if triggers and on_harmful else []
+        self.validation_benign_triggered = after(lm, in_trigger, self._with_trigger(in_trigger))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         # A request that goes wrong without the trigger, too, says nothing about the trigger.
+        attacked = harmful if on_harmful else benign
         tested = [one for one in attacked if detector.is_normal(one.answer)] if triggers else attacked
         if not tested:
             does, kind = ("refused", "harmful") if on_harmful else ("simply answered", "benign")
@@ -85,7 +85,7 @@ class ReferenceAnswers:
                 f"none of the {len(attacked)} {kind} validation prompts is {does} without the trigger, so nothing "
                 f"would show that it is dead: pass other --{kind} prompts"
             )
-        self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:limit]
+        self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:many]
 
     @property
     def refused(self) -> list[Example]:
