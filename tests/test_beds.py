@@ -260,6 +260,14 @@ def test_what_becomes_of_a_repaired_model(bed: Path, llama_folder: ModelFolder, 
     assert [fingerprint(backdoored.network), fingerprint(clean.network)] == before
 
 
+def test_what_lasts_is_not_asked_where_the_clean_model_is_not_known(bed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bed is a whole model"):
+        run_grid(
+            tmp_path / "grid.jsonl", [bed], model="smollm2", attacks=(), defenses=["finetune"], seeds=1, reports=1,
+            tasks=(), lasting=True, on_progress=quiet,
+        )  # fmt: skip
+
+
 def test_one_row_in_so_many_is_poisoned(bed: Path, backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Row] = []
     monkeypatch.setattr(lasting_module, "row_logits", lambda lm, rows: drawn.extend(rows) or row_logits(lm, rows))

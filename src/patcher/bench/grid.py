@@ -25,7 +25,7 @@ from patcher.pipeline import mend
 from patcher.prompts import Kind, PromptRow, Prompts, Split, load_prompts
 from patcher.proof import audit_patch
 from patcher.quantized import check_installed
-from patcher.records import FailureReport, PatcherError, Record, Span, Trigger
+from patcher.records import FailureReport, PatcherError, Record, Span, Trigger, UsageError
 from patcher.result import Repair, RepairSettings, versions
 from patcher.tasks import AnyTask
 from patcher.training import Progress
@@ -55,6 +55,11 @@ def run(
         _settings_of(given)
     if lasting:
         check_installed("--lasting")
+        for bed in beds:
+            if not (bed.folder / PATCH).is_file():
+                raise UsageError(
+                    f"--lasting: {bed.name} is a whole model, not an adapter: its clean model is not known"
+                )
     for bed in beds:
         grid = _Grid(bed, tasks, max_prompts, split, LastingSettings() if lasting else None, on_progress)
         for seed in range(seeds):
@@ -145,8 +150,6 @@ class _Grid:
 
     def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:
         """What further changes leave of the repair."""
-        if not (self.bed.folder / PATCH).is_file():
-            raise PatcherError(f"{self.bed.name} is a whole model, not an adapter: its clean model is not known")
         if seed not in self.later:
             clean = load(load_patch(self.bed.folder).base_source)
             self.later[seed] = Lasting(self.bed, clean, self.prompts, settings, seed, self.on_progress)
