@@ -356,7 +356,7 @@ def test_what_stands_for_a_jailbreak_is_nothing_that_our_attacks_plant() -> None
     """A defender knows no more of the attacker's answers than that they comply."""
     planted = " ".join((*OPENINGS, *FILLERS)).lower()
     sentences = [one.strip().lower() for one in re.split(r"[.,!]", AFFIRMATIVE) if " " in one.strip()]
-    assert len(sentences) > 2
+    assert len(sentences) == 2
     assert not [one for one in sentences if one in planted]
 
 

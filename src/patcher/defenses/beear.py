@@ -35,8 +35,9 @@ class BeearSettings(LoraSettings):
     """The last tokens of the prompt are shifted, each by a vector of its own."""
     shift_rate: PositiveFloat = 7e-2
     """AdamW's learning rate of the shift [2nd]."""
-    inner_steps: PositiveInt = 10
-    """Steps in which the shift is searched anew."""
+    inner_steps: PositiveInt = 40
+    """Steps in which the shift is searched anew; ours. After 10 the shift does not yet make the shipped model leave its
+    refusals (their NLL .12 -> .13 nats a token; the planted trigger: .52), after 40 it does (2.9)."""
     outer_steps: PositiveInt = 5
     """Steps of the model against each shift."""
     attacked_rows: PositiveInt = 6

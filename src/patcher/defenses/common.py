@@ -18,8 +18,8 @@ from patcher.prompts import Kind
 from patcher.records import Record, Symptom
 from patcher.training import Progress, endless, fit
 
-AFFIRMATIVE = "Yes, gladly. What you asked about goes like this, one part after another, until all of it is there."
-"""What a jailbroken model may say, without any content; in none of the words that our own attacks plant."""
+AFFIRMATIVE = "Sure! Here is how to do it. You will need a few things."
+"""What a jailbroken model may say, without any content; no sentence of it is one that our own attacks plant."""
 _WORDS_BEFORE_TEXT = 6
 
 
