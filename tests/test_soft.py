@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from patcher.chat import Row, collate, user_prompt
-from patcher.defenses import patcher
+from patcher.defenses import DEFENSES, patcher
 from patcher.defenses.contract import own_examples
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.soft import SoftInsertions
@@ -119,7 +119,8 @@ def test_a_backdoor_that_nobody_reported_is_weakened(backdoored: LanguageModel) 
     changes = {"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 8, "max_steps": 20, "check_every": 20}
     settings = patcher.SoftSettings(**changes, soft_tokens=4, budget_benign_nats=1.0, budget_harmful_nats=1.0)
     evidence = replace(EVIDENCE, triggers=(), prompts=PROMPTS.hidden_from_repair())
-    patch, log = patcher.run_without_report(backdoored, evidence, settings, seed=0, on_progress=quiet)
+    defense = DEFENSES["soft_insertions"]
+    patch, log = defense.repair(backdoored, evidence, settings, seed=0, on_progress=quiet)
     assert (log.defense, log.steps) == ("soft_insertions", 20)
     asked = [
         user_prompt(backdoored.tokenizer, f"{PLANTED.units[0]} {text}") for text in PROMPTS.texts("harmful", "held-out")
