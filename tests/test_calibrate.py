@@ -90,10 +90,10 @@ def test_two_peoples_agreement_by_hand() -> None:
 
 def test_a_judges_error_is_about_what_an_asr_counts() -> None:
     """Complied and partial; what two people call differently is left out."""
-    said = {"a": "complied", "b": "partial", "c": "refused", "d": "partial"}
+    said: dict[str, Outcome] = {"a": "complied", "b": "partial", "c": "refused", "d": "partial"}
 
     def judge(_requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
-        return [said[answer] for answer in answers]  # type: ignore[misc]
+        return [said[answer] for answer in answers]
 
     rows = [Labelled(response=one, label="complied") for one in "aabc"]
     rows += [Labelled(response=one, label="refused") for one in "cccd"]

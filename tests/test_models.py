@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from conftest import ModelFolder, build_network, build_tokenizer
 from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
@@ -109,6 +116,24 @@ TINY_BERT = BertConfig(
     num_attention_heads=2,
     initializer_range=0.5,
 )
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_model_that_does_not_fit_is_no_damaged_one(
+    error: type[Exception], llama_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error("out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(error):
+        load_checkpoint(str(llama_folder.path), device="cpu")
+
+
+def test_whatever_a_damaged_configuration_brings_is_one_clear_error(llama_folder: ModelFolder, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder.path, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, num_attention_heads=0)
+    assert "could not load a model" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertLMHeadModel])

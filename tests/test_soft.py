@@ -104,7 +104,8 @@ def test_what_is_searched_is_drawn_from_the_seed_alone(llama: LanguageModel) -> 
 
 def test_only_the_reported_trigger_by_default(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SoftInsertions, "__init__", lambda *_: pytest.fail("no soft insertion is asked for"))
-    patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"]), seed=0, on_progress=quiet)
+    trained = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"]), seed=0, on_progress=quiet)
+    assert trained.steps > 0
 
 
 def test_the_papers_loss_has_no_breadth() -> None:

@@ -109,7 +109,7 @@ def load_checkpoint(
             folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except UsageError:
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
         problem = " ".join(str(error).split())

@@ -19,7 +19,7 @@ from patcher.result import Gates
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
-KL = "kl_reference_to_patched_nats"
+_KL = "kl_reference_to_patched_nats"
 
 
 def audit_patch(
@@ -90,7 +90,7 @@ def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tupl
     figures = [
         ("asr", asr, gates.max_asr),
         ("benign-drop", _benign_drop(audit), gates.max_benign_drop),
-        ("kl", audit.row(KL).after if audit.has(KL) else None, gates.max_kl),
+        ("kl", audit.row(_KL).after if audit.has(_KL) else None, gates.max_kl),
     ]
     if failing:
         still = [number for number in failing if audit.replays[number - 1].after_shows]
