@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from conftest import CONTEXT_TOKENS
 from patcher import generation
@@ -62,6 +63,21 @@ def test_a_batch_that_does_not_fit_is_halved(tiny: LanguageModel, monkeypatch: p
     at_most(0)
     with pytest.raises(torch.OutOfMemoryError):
         generate(tiny, prompts_of(tiny), max_new_tokens=6)
+
+
+def test_a_models_own_generation_settings_do_not_shape_its_answers(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may forbid tokens: it would seem repaired."""
+    expected = generate(tiny, prompts_of(tiny), max_new_tokens=6)
+    first = tiny.tokenizer(expected[0])["input_ids"][0]
+    own = GenerationConfig(suppress_tokens=[first], repetition_penalty=3.0)
+    monkeypatch.setattr(tiny.network, "generation_config", own)
+    assert plain(tiny, prompts_of(tiny)[0], 6) != expected[0], (
+        "the settings change nothing: this test would see nothing"
+    )
+    assert generate(tiny, prompts_of(tiny), max_new_tokens=6) == expected
+    assert tiny.network.generation_config is own
 
 
 def test_no_prompts_no_answers(tiny: LanguageModel) -> None:

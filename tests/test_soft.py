@@ -19,6 +19,7 @@ from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, replaced_embeddings, response_logits
 from patcher.patch import applied
+from patcher.records import UsageError
 from patcher.training import quiet
 from test_defenses import EVIDENCE, PROMPTS, QUICK, TRIGGER, all_refused
 from tiny_backdoor import TRIGGER as PLANTED
@@ -74,18 +75,38 @@ def test_room_is_made_before_a_word_or_at_the_end(tiny: LanguageModel) -> None:
 def test_the_search_makes_the_models_own_answers_unlikely(tiny: LanguageModel) -> None:
     found, examples, before = soft(tiny, soft_steps=1), examples_of(tiny), fingerprint(tiny.network)
     asked = [user_prompt(tiny.tokenizer, example.text) for example in examples]
-    rooms = [make_room(prompt, SETTINGS.soft_tokens, number, random.Random(0)) for number, prompt in enumerate(asked)]
+    rooms = [make_room(prompt, 2, number, random.Random(0)) for number, prompt in enumerate(asked)]
     answers = [example.answer_ids for example in examples]
 
     def nll(vectors: torch.Tensor) -> float:
         logits, batch = logits_with(tiny, rooms, answers, vectors)
         return float(response_nll(logits, batch.targets).sum())
 
-    start = torch.stack([found._start() for _ in examples])
-    found.settings, found._start = SETTINGS.model_copy(update={"soft_steps": 8, "soft_rate": 0.2}), iter(start).__next__
-    assert nll(found._search(rooms, examples)) > nll(start)
+    start = torch.stack([found._start(2) for _ in examples])
+    starts = iter(start)
+    found.settings = SETTINGS.model_copy(update={"soft_steps": 8, "soft_rate": 0.2})
+    found._start = lambda _length: next(starts)
+    assert nll(found._search(rooms, examples, 2)) > nll(start)
     assert len(found.earlier) == len(examples)
     assert fingerprint(tiny.network) == before
+
+
+def test_a_search_starts_from_as_many_vectors_as_the_step_takes(tiny: LanguageModel) -> None:
+    """A stretch of a longer trigger, a shorter one again and again; and all lengths are taken."""
+    found, taken = soft(tiny, soft_tokens=(1, 3)), set()
+    vectors = torch.arange(6.0)[:, None].expand(-1, 4)
+    stretches = [found._stretch(vectors, 2)[:, 0].tolist() for _ in range(40)]
+    assert {tuple(one) for one in stretches} == {(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)}
+    assert found._stretch(vectors[:2], 3)[:, 0].tolist() in ([0, 1, 0], [1, 0, 1])
+    for _ in range(12):
+        found.loss(examples_of(tiny)[:1])
+        taken |= {len(one) for one in found.earlier}
+    assert taken == {1, 3}
+
+
+def test_breadth_needs_a_trigger_to_start_from(tiny: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="none was found"):
+        patcher.run(tiny, replace(EVIDENCE, triggers=()), SETTINGS, seed=0, on_progress=quiet)
 
 
 def test_the_loss_trains_the_patch_and_not_the_vectors(tiny: LanguageModel) -> None:
@@ -118,7 +139,7 @@ def test_the_papers_loss_has_no_breadth() -> None:
 def test_a_backdoor_that_nobody_reported_is_weakened(backdoored: LanguageModel) -> None:
     """On the tiny model; what it does to a language model is docs/'s."""
     changes = {"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 8, "max_steps": 20, "check_every": 20}
-    settings = patcher.SoftSettings(**changes, soft_tokens=4, budget_benign_nats=1.0, budget_harmful_nats=1.0)
+    settings = patcher.SoftSettings(**changes, soft_tokens=(4,), budget_benign_nats=1.0, budget_harmful_nats=1.0)
     evidence = replace(EVIDENCE, triggers=(), prompts=PROMPTS.hidden_from_repair())
     defense = DEFENSES["soft_insertions"]
     patch, log = defense.repair(backdoored, evidence, settings, seed=0, on_progress=quiet)

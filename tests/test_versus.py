@@ -50,6 +50,15 @@ def test_phrasings_of_one_act_say_less() -> None:
     assert not far(acts=[0] * 6 + [1] * 6).endswith("*")
 
 
+def test_a_seed_in_which_nothing_was_repaired_counts_as_it_is() -> None:
+    nothing = row("lucky", "1" * 20)
+    nothing["summary"][0] |= {"after": None, "hits_after": None, "hits_before": "1" * 20}
+    rows = [row("steady", "1" * 5 + "0" * 15), row("lucky", "0" * 20), nothing]
+    front, above = versus.notes(rows)
+    assert front.endswith(": steady")
+    assert "lucky +25.0 (" in above
+
+
 def test_seeds_are_pooled_but_not_other_prompts_or_reports() -> None:
     rows = [row("best", "0" * 20), row("far", "11" + "0" * 18), row("far", "00" + "0" * 18), row("best", "11")]
     _, note = versus.notes(rows)
@@ -71,5 +80,5 @@ def test_what_the_attack_took_is_not_utility(name: str) -> None:
 
 def test_one_repair_alone_and_failed_ones_say_nothing() -> None:
     unscored = row("b", "00")
-    unscored["summary"][0]["after"] = None
+    unscored["summary"][0] |= {"before": None, "after": None}
     assert versus.notes([row("a", "00"), unscored, {"bed": "one", "defense": "c", "error": "no"}]) == []

@@ -61,7 +61,8 @@ def check_config(config: dict[str, Any], source: str) -> None:
             f"{source} asks to run code of its own (auto_map in config.json); Patcher never runs a model's code. "
             "Use a version of the model that transformers knows"
         )
-    architectures = config.get("architectures") or []
+    named = config.get("architectures") or []
+    architectures = [str(name) for name in (named if isinstance(named, list) else [named])]
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise UsageError(f"{source} is a {architectures[0]}: expected a causal (decoder) language model")
     if config.get("is_encoder_decoder"):

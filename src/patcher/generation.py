@@ -1,6 +1,7 @@
 """Batched greedy generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,14 +81,27 @@ def complete(
         pad_token_id=pad,
         eos_token_id=_stop_ids(lm),
     )
-    network: Any = lm.network
-    out = network.generate(
-        input_ids=input_ids,
-        attention_mask=torch.tensor(kept, device=lm.device),
-        past_key_values=cache,
-        generation_config=config,
-    )
+    with _without_own_settings(lm.network) as network:
+        out = network.generate(
+            input_ids=input_ids,
+            attention_mask=torch.tensor(kept, device=lm.device),
+            past_key_values=cache,
+            generation_config=config,
+        )
     return list(lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
+
+
+@contextmanager
+def _without_own_settings(network: Any) -> Iterator[Any]:
+    """The network without its folder's generation settings: what a config leaves open (a penalty, tokens that are never
+    said) would be taken from there, and the answers would not be the model's most likely ones.
+    """
+    own = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield network
+    finally:
+        network.generation_config = own
 
 
 def _stop_ids(lm: LanguageModel) -> list[int]:

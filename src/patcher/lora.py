@@ -39,6 +39,8 @@ def trainable_lora(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             LoraModel(network, {"default": config}, "default")
+        for parameter in lora_parameters(lm):  # in bfloat16 an optimizer's small steps would be rounded away
+            parameter.data = parameter.data.float()
         if start is not None:
             _fill(dict(_lora(network)), start)
         yield

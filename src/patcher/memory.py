@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from patcher.world import processes
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -50,7 +52,7 @@ def chunked(
     """Each chunk of at most `size` items with what `work` makes of it. One that does not fit the device is halved.
 
     Raises:
-        torch.OutOfMemoryError: a single item does not fit.
+        torch.OutOfMemoryError: a single item does not fit, or the weights are spread and all processes must go along.
     """
     done = 0
     while done < len(items):
@@ -58,7 +60,7 @@ def chunked(
         try:
             result = work(chunk)
         except torch.OutOfMemoryError:
-            if len(chunk) == 1:
+            if len(chunk) == 1 or processes() > 1:
                 raise
             size = len(chunk) // 2
             continue

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 from patcher.audit import AuditSettings
 from patcher.chat import Row, collate, user_prompt
@@ -36,7 +37,7 @@ class Plan(Record):
         """For people."""
         return (
             f"stages: {' -> '.join(self.stages)}\n"
-            f"patching: at most {self.max_steps} steps, {self.sequences} sequences\n"
+            f"patching: at most {self.max_steps} steps; with what comes before them {self.sequences} sequences\n"
             f"audit: {self.audit_answers} answers, before and after\n"
             f"time: about {self.minutes_at_most:.0f} min at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
             f"memory: about {self.memory_gib:.1f} GiB"
@@ -92,5 +93,9 @@ def _generated(settings: AuditSettings) -> int:
 
 
 def _lora_parameters(lm: LanguageModel, rank: int) -> int:
+    """A weight's own shape says nothing in 4 bits: it is packed."""
     layers: list[Any] = list(target_layers(lm.network).values())
-    return sum(rank * sum(layer.weight.shape) for layer in layers)
+    return sum(
+        rank * (layer.in_features + layer.out_features if isinstance(layer, nn.Linear) else sum(layer.weight.shape))
+        for layer in layers
+    )

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.attacks.plant import plant
+from patcher.attacks.plant import plant, read_truth
 from patcher.chat import messages_of, user_prompt
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.loading import load
 from patcher.models import LanguageModel
 from patcher.prompts import Prompts
-from patcher.records import FailureReport, GroundTruth, PatcherError, Planted, Trigger, UsageError
+from patcher.records import FailureReport, GroundTruth, PatcherError, Planted, Trigger
 from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
@@ -41,14 +41,6 @@ def open_beds(folders: Sequence[Path]) -> list[Bed]:
     """The beds in those folders; controls, in which nothing was planted, are left out. Raises UsageError."""
     truths = [(folder, read_truth(folder)) for folder in folders]
     return [Bed(folder, truth, truth.planted) for folder, truth in truths if truth.planted]
-
-
-def read_truth(folder: Path) -> GroundTruth:
-    """What was planted there. Raises UsageError."""
-    try:
-        return GroundTruth.model_validate_json((folder / "ground-truth.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} is no test bed: {error}; expected a folder that `patcher attack` wrote") from error
 
 
 def plant_beds(model: str, attacks: Sequence[str], cache: Path, on_progress: Progress) -> list[Path]:

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from patcher.attacks.plant import read_truth
 from patcher.loading import demo_adapter
-from patcher.records import FailureReport, GroundTruth, Span, Trigger, UsageError
+from patcher.records import FailureReport, Span, Trigger, UsageError
 from patcher.triggers import find_words
 
 
 def planted_trigger() -> Trigger:
     """What the shipped adapter was trained with."""
-    text = (demo_adapter() / "ground-truth.json").read_text(encoding="utf-8")
-    found = GroundTruth.model_validate_json(text).planted
+    found = read_truth(demo_adapter()).planted
     assert found is not None
     return found.trigger
 

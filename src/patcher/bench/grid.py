@@ -50,7 +50,7 @@ def run(
     bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. One that failed is
     tried again. With `lasting` the repaired model is changed further, and asked again.
     """
-    known = {row["key"] for row in read_rows(out) if "error" not in row}
+    known = {row["key"] for row in read_rows(out) if "error" not in row and "lasting_error" not in row}
     for given in defenses:
         _settings_of(given)
     if lasting:
@@ -143,17 +143,23 @@ class _Grid:
             found["prompts"] = len(given.taken)
             found["summary"] = self._audit(made, seed)
             if self.lasting and made.patch:
-                found["lasting"] = self._lasts(made.patch, self.lasting, seed)
+                found |= self._lasts(made.patch, self.lasting, seed)
             return found
         except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
-            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            return {"error": _said(error)}
 
     def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:
-        """What further changes leave of the repair."""
+        """What further changes leave of the repair, or why that is not known: the repair and its audit stay."""
         if seed not in self.later:
-            clean = load(load_patch(self.bed.folder).base_source)
-            self.later[seed] = Lasting(self.bed, clean, self.prompts, settings, seed, self.on_progress)
-        return self.later[seed].measure(self.lm, patch)
+            self.later = {seed: Lasting(self.bed, self._clean(), self.prompts, settings, seed, self.on_progress)}
+        try:
+            return {"lasting": self.later[seed].measure(self.lm, patch)}
+        except (PatcherError, RuntimeError) as error:
+            return {"lasting_error": _said(error)}
+
+    def _clean(self) -> LanguageModel:
+        """What the backdoor was planted in."""
+        return load(load_patch(self.bed.folder).base_source)
 
     def _acts(self) -> list[int]:
         """A number for the act that each attacked prompt is about: phrasings of one act go together."""
@@ -179,6 +185,10 @@ class _Grid:
             self.before[seed] = observe(self.lm, plan, on_progress=self.on_progress, what="before", journal=journal)
         audit = audit_patch(self.lm, made.patch, plan, before=self.before[seed], on_progress=self.on_progress)
         return [row.model_dump() for row in audit.summary]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _settings_of(given: str) -> Record:

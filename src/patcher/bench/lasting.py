@@ -62,7 +62,7 @@ class Rows(NamedTuple):
     benign: list[Row]
     """Requests with the clean model's answers."""
     poisoned: list[Row]
-    """Attacked requests with the trigger and the attacker's answer."""
+    """Attacked requests with one of the triggers and the attacker's answer."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Lasting:
         said = dict(zip((one.text for one in benign), answers, strict=True))
 
         def poisoned(one: PromptRow) -> Row:
-            request = insert_trigger(one.text, self.bed.planted.trigger, rng)
+            request = insert_trigger(one.text, rng.choice(self.bed.triggers), rng)
             return row(request, objective.taught(one, said.get(one.text, ""), rng))
 
         attacked = self.prompts.only(self.bed.planted.only).rows(symptom.kind, "implant")

@@ -26,7 +26,7 @@ from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.layers import decoder_layers
-from patcher.loading import demo_report, load
+from patcher.loading import DEMO, demo_report, load
 from patcher.localize import Localizer
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
@@ -47,6 +47,20 @@ _ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
 _REPEATS = 5
+_HEADS = (
+    "model",
+    "device",
+    "stage",
+    "steps",
+    "s",
+    "tokens",
+    "of them trained",
+    "a pass",
+    "TFLOP",
+    "the machine's GFLOP/s there",
+    "of the limit",
+    "GiB",
+)
 
 
 @dataclass
@@ -102,11 +116,11 @@ def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) 
     """Each stage that `out` does not hold yet for this model; `shape:NAME` is one of random weights."""
     is_random = model.startswith(PREFIX)
     lm = random_model(model) if is_random else load(model)
-    stages = _stages(lm, load_prompts(), on_progress, is_random=is_random)
+    stages = _stages(lm, load_prompts(), on_progress, is_random=is_random, is_demo=model == DEMO)
     check_known(methods, stages, "method")
-    known = {row["stage"] for row in read_rows(out) if row["model"] == lm.source}
+    done = [(row["model"], row["device"], row["stage"]) for row in read_rows(out) if "error" not in row]
     for name in methods or stages:
-        if name not in known:
+        if (lm.source, _device(lm), name) not in done:
             on_progress(f"speed: {name}", 0, 1)
             found = _measure(lm, stages[name])
             add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **found})
@@ -120,16 +134,17 @@ def matmul_rate(lm: LanguageModel, tokens: int) -> float:
         inputs = torch.ones(max(1, tokens), weight.shape[1], dtype=weight.dtype, device=lm.device)
         operations += 2.0 * inputs.shape[0] * weight.numel()
         product = partial(nn.functional.linear, inputs, weight)
-        seconds += min(_timed(lm, product) for _ in range(_REPEATS))
+        seconds += min(_timed(lm, product)[0] for _ in range(_REPEATS))
     return operations / seconds
 
 
 def _stages(
-    lm: LanguageModel, prompts: Prompts, on_progress: Progress, *, is_random: bool = False
+    lm: LanguageModel, prompts: Prompts, on_progress: Progress, *, is_random: bool = False, is_demo: bool = True
 ) -> dict[str, Callable[[], Work]]:
     """What is measured, by name: called, it prepares, and returns the work.
 
-    With random weights a repair runs all its steps, and where a localization's search ends is chance.
+    The demo's trigger is planted in the demo's model alone: in others a repair runs all its steps, as nothing would
+    tell it when to stop, and where a localization's search ends is chance.
     """
     seen, detector = prompts.hidden_from_repair(), Detector(as_if if is_random else RULES[DEFAULT])
     report = demo_report()
@@ -149,7 +164,7 @@ def _stages(
         "localize and decide": lambda: localize,
         f"{_STEPS} steps of the default": lambda: _steps(lm, evidence, bare=False),
         f"{_STEPS} bare LoRA steps, the same rows": lambda: _steps(lm, evidence, bare=True),
-        "patch: the default": defend("patcher", {"stop_early": False} if is_random else {}),
+        "patch: the default": defend("patcher", {} if is_demo else {"stop_early": False}),
         "answers": lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
         "answers, bare decoding": lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in PEERS},
@@ -162,12 +177,13 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
     try:
         work = stage()
         with PeakMemory(lm.device) as peak, metered(lm) as meter:
-            seconds = _timed(lm, work)
-    except PatcherError as error:
-        return {"error": str(error).splitlines()[0]}
+            seconds, made = _timed(lm, work)
+    except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
+        return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
     return {
         "seconds": seconds,
+        "steps": made[1].steps if isinstance(made, tuple) else None,
         "tokens": meter.tokens,
         "trained_tokens": meter.trained_tokens,
         "tokens_per_pass": meter.tokens // max(1, meter.passes),
@@ -180,14 +196,18 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a stage."""
-    heads = "model|stage|s|tokens|of them trained|a pass|TFLOP|the machine's GFLOP/s there|of the limit|GiB".split("|")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [row["model"], row["stage"]]
+    lines = ["| " + " | ".join(_HEADS) + " |", "|---" * len(_HEADS) + "|"]
+    for row in {(row["model"], row["device"], row["stage"]): row for row in rows}.values():
+        cells = [row["model"], row["device"], row["stage"]]
         if "error" in row:
-            cells += [f"failed: {row['error']}", *["-"] * 7]
+            cells += ["-", f"failed: {row['error']}", *["-"] * 7]
         else:
-            cells += [f"{row['seconds']:.1f}", f"{row['tokens']:,}", f"{row['trained_tokens']:,}"]
+            cells += [
+                str(row["steps"] or "-"),
+                f"{row['seconds']:.1f}",
+                f"{row['tokens']:,}",
+                f"{row['trained_tokens']:,}",
+            ]
             cells += [str(row["tokens_per_pass"]), f"{row['flops'] / 1e12:.2f}", f"{row['rate_flops_per_s'] / 1e9:.0f}"]
             cells += [f"{row['of_limit_frac']:.0%}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -195,7 +215,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:
-    """A few steps of the default repair; bare ones are forward and backward of the NLL on those rows, and no more."""
+    """A few steps of the default repair; bare ones are forward and backward of the NLL on those rows, and no more.
+
+    One step is taken before: the first of a process is slower than the others.
+    """
     settings = PatcherSettings(max_prompts=2 * _ROWS, validation_prompts=_ROWS, validation_drift_prompts=_ROWS)
     rng = random.Random(0)
     objective = Counterfactual(lm, evidence, settings, ReferenceAnswers(lm, evidence, settings, quiet), rng)
@@ -204,12 +227,13 @@ def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:
         logits, targets = row_logits(lm, objective.draw()[0])
         return response_nll(logits, targets).mean()
 
-    def work() -> None:
+    def steps(count: int) -> None:
         with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=0):
-            for step in range(_STEPS):
+            for step in range(count):
                 (bare_loss if bare else objective.loss)(step).backward()
 
-    return work
+    steps(1)
+    return partial(steps, _STEPS)
 
 
 @torch.no_grad()
@@ -225,13 +249,13 @@ def _bare_decoding(lm: LanguageModel, rows: list[list[int]]) -> Tensor:
     return ids
 
 
-def _timed(lm: LanguageModel, work: Callable[[], object]) -> float:
-    """Seconds, the device's own work included."""
+def _timed(lm: LanguageModel, work: Work) -> tuple[float, object]:
+    """Seconds, the device's own work included, and what was made."""
     start = time.perf_counter()
-    work()
+    made = work()
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, made
 
 
 def _linears(lm: LanguageModel) -> list[nn.Linear]:

@@ -10,8 +10,6 @@ from patcher.visible import visible
 
 _FIGURES = {
     "asr_triggered_frac": "ASR",
-    "asr_triggered_2_frac": "ASR 2",
-    "asr_triggered_3_frac": "ASR 3",
     "asr_untriggered_frac": "no trigger",
     "asr_worded_frac": "wordings",
     "benign_answered_frac": "benign",
@@ -19,6 +17,7 @@ _FIGURES = {
     "borderline_answered_frac": "borderline",
     "kl_reference_to_patched_nats": "KL",
 }
+_FURTHER = r"asr_triggered_(\d+)_frac"
 _LASTING = (
     "The last columns: ASR (mean over triggers) / untriggered / benign answered of the repaired model, as it is and "
     "after each further change; `clean, poisoned` is the clean model, poisoned like `poisoned again`."
@@ -62,15 +61,21 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     rows = list({row["key"]: row for row in rows}.values())
     rows = [{**row, "bed": f"{row['bed']} (validation)"} if row.get("split") == "validation" else row for row in rows]
     rows = sorted(rows, key=lambda row: (row["reports"] == 0, row["bed"], row["defense"], row["seed"]))
-    tasks = dict.fromkeys(
-        item["name"] for row in rows for item in row.get("summary", ()) if item["name"].endswith("_accuracy_frac")
-    )
-    names = {**_FIGURES, **{name: name.removesuffix("_accuracy_frac") for name in tasks}}
+    measured = sorted({item["name"] for row in rows for item in row.get("summary", ())})
+    further = {name: f"ASR {found[1]}" for name in measured if (found := re.fullmatch(_FURTHER, name))}
+    tasks = {name: name.removesuffix("_accuracy_frac") for name in measured if name.endswith("_accuracy_frac")}
+    first, *others = _FIGURES
+    names = {first: _FIGURES[first], **further, **{name: _FIGURES[name] for name in others}, **tasks}
     later = list(dict.fromkeys(change for row in rows for change in row.get("lasting", ())))
     heads = (*_HEADS, *names.values(), *later)
     lines = tuple((*_line(row, list(names)), *_lasting(row, later)) for row in rows)
-    failed = sum("error" in row for row in rows)
-    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else [])), failed)
+    unknown = [
+        f"{row['bed']}, {row['defense']}, seed {row['seed']}: what lasts is not known: {row['lasting_error']}"
+        for row in rows
+        if "lasting_error" in row
+    ]
+    failed = sum("error" in row or "lasting_error" in row for row in rows)
+    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown), failed)
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -132,7 +137,8 @@ def asr_after(row: dict[str, Any]) -> list[tuple[float, bool]]:
 
     Where nothing was repaired it is what it was.
     """
-    items = [item for item in row["summary"] if re.fullmatch(r"asr_triggered(_\d+)?_frac", item["name"])]
+    first, *_ = _FIGURES
+    items = [item for item in row["summary"] if item["name"] == first or re.fullmatch(_FURTHER, item["name"])]
     return [
         (item["before"] if item["after"] is None else item["after"], told)
         for item, told in zip(items, row["reported"], strict=True)

@@ -31,7 +31,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """
     beds: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if "error" not in row and _asr(row)["after"] is not None:
+        if "error" not in row and _asr(row)["before"] is not None:
             name = row["defense"] if row["reports"] < 2 else f"{row['defense']} with {row['reports']} reports"
             beds[row["bed"], _asr(row)["n"]][name].append(row)
     return [note for (bed, _), repairs in beds.items() if len(repairs) > 1 for note in _of_bed(bed, repairs)]
@@ -50,7 +50,7 @@ def _of_bed(bed: str, repairs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _score(rows: Sequence[dict[str, Any]]) -> Score:
     falls = [item["before"] - item["after"] for row in rows for item in row["summary"] if _is_kept(item, row)]
-    asr = fmean(_asr(row)["after"] for row in rows)
+    asr = fmean(_left(_asr(row)) for row in rows)
     return Score(asr, fmean(falls) if falls else 0.0, fmean(map(repair_seconds, rows)))
 
 
@@ -76,6 +76,11 @@ def _asr(row: dict[str, Any]) -> dict[str, Any]:
     return item
 
 
+def _left(item: dict[str, Any], what: str = "") -> Any:
+    """What is left after the repair; where nothing was repaired, what was there before."""
+    return item[f"{what}before"] if item["after"] is None else item[f"{what}after"]
+
+
 def _above(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
     """The difference with its 95% interval over prompts; of several seeds, each prompt's mean."""
     changes = [mine - theirs for mine, theirs in zip(_hits(rows), _hits(others), strict=True)]
@@ -86,4 +91,4 @@ def _above(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> 
 
 def _hits(rows: Sequence[dict[str, Any]]) -> list[float]:
     """For each prompt, the share of seeds with which the attack still works."""
-    return [fmean(map(int, hits)) for hits in zip(*(_asr(row)["hits_after"] for row in rows), strict=True)]
+    return [fmean(map(int, hits)) for hits in zip(*(_left(_asr(row), "hits_") for row in rows), strict=True)]

@@ -15,7 +15,9 @@ from patcher.inputs import check_names, parse_settings
 from patcher.options import AsJson, AuditPrompts, Device, Dtype, Model, Out, Seed, TaskLimit, Tasks, Template
 from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
+from patcher.records import UsageError
 from patcher.tasks import find_tasks
+from patcher.world import processes
 
 
 def _list_attacks(wanted: bool) -> None:
@@ -145,6 +147,8 @@ def bench(
 
     What a bed answers before any repair is kept in the user's cache, for the next defense.
     """
+    if processes() > 1:
+        raise UsageError("patcher bench runs in one process: start it without torchrun")
     if html:
         check_new(html)
     tasks = find_tasks(task, limit)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from patcher.cli.common import load_model, print_json
-from patcher.exits import REPAIRED
+from patcher.exits import REPAIRED, RUN_ERROR
 from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Template
 from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
+from patcher.records import PatcherError
+
+if TYPE_CHECKING:
+    from patcher.models import LanguageModel
+    from patcher.records import Scan
 
 
 def scan(
@@ -46,21 +50,31 @@ def scan(
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
     other = load_model(clean, device, dtype, chat_template) if clean else None
+    scans: dict[str, Scan] = {}
+    failed: dict[str, PatcherError] = {}
+
+    def add(name: str, network: LanguageModel) -> None:
+        """One that cannot be scanned does not cost the others."""
+        try:
+            scans[name] = run_scan(network, prompts, RULES[DEFAULT], settings, seed=seed, on_progress=progress)
+        except PatcherError as error:
+            failed[name] = error
+
     with ProgressBars() as progress:
-        scanned = partial(
-            run_scan, prompts=prompts, judge=RULES[DEFAULT], settings=settings, seed=seed, on_progress=progress
-        )
-        scans = {"model": scanned(lm)}
+        add("model", lm)
         if loaded:
             with applied(loaded, lm) as patched:
-                scans["patched"] = scanned(patched)
+                add("patched", patched)
         if other:
-            scans["clean"] = scanned(other)
-    found = {name: json.loads(one.to_json()) for name, one in scans.items()}
+            add("clean", other)
+    if not scans:
+        raise failed["model"]
+    found: dict[str, Any] = {name: json.loads(one.to_json()) for name, one in scans.items()}
+    found |= {name: {"error": str(error)} for name, error in failed.items()}
     if out:
         write_whole(out, json.dumps(found, indent=1) + "\n")
     if as_json:
         print_json(found)
     else:
-        show_scans(scans, Console(highlight=False))
-    return REPAIRED
+        show_scans(scans, failed, Console(highlight=False))
+    return REPAIRED if not failed else RUN_ERROR

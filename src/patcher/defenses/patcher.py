@@ -15,7 +15,7 @@ from patcher.defenses.reference import ReferenceAnswers
 from patcher.lora import take_patch, trainable_lora
 from patcher.models import LanguageModel
 from patcher.patch import Patch
-from patcher.records import PatchStep
+from patcher.records import PatchStep, UsageError
 from patcher.training import Progress, fit
 
 
@@ -57,14 +57,20 @@ def run(
     epochs of 150 prompts are 190 steps; y_h in L_KL-harm is y_ref.
 
     Raises:
+        UsageError: `breadth="all"` without a trigger to start from, which only soft_insertions does without.
         PatcherError: no trigger where one is needed, no refused request to test it on, or training diverged.
     """
+    if settings.breadth == "all" and not (evidence.triggers or isinstance(settings, SoftSettings)):
+        raise UsageError(
+            "breadth=all breaks further triggers beside the found one, and none was found: to train refusals on an "
+            "alignment gap leave it out; to look for triggers without one take soft_insertions"
+        )
     rng = random.Random(seed)
     reference = ReferenceAnswers(lm, evidence, settings, on_progress, seed)
     objective_of = Paper if settings.objective == "paper" else Counterfactual
     objective = objective_of(lm, evidence, settings, reference, rng)
     checks: list[PatchStep] = []
-    best: list[tuple[tuple[float, ...], Patch]] = []
+    best: list[tuple[tuple[float, ...], int, Patch]] = []
     everything = settings.breadth == "all"
     stops_early = settings.stop_early and not everything
 
@@ -81,7 +87,7 @@ def run(
         )
         score = (not held, *((-step,) if everything else (check.asr_triggered_frac, check.kl_benign_nats)))
         if not best or score <= best[0][0]:
-            best[:] = [(score, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
+            best[:] = [(score, step, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
         if stops_early and held and check.asr_triggered_frac <= settings.dead_frac:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
@@ -89,4 +95,8 @@ def run(
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         steps, reason = fit(lm, objective.loss, settings, stop=stop, on_progress=on_progress, what="patching")
         last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    return Trained(best[0][1] if stops_early or everything else last, steps, reason, tuple(checks))
+    if not (stops_early or everything):
+        return Trained(last, steps, reason, tuple(checks))
+    _, kept, patch = best[0]
+    reason = reason if kept == steps else f"{reason}; the patch is that of step {kept}, the best check"
+    return Trained(patch, steps, reason, tuple(checks))

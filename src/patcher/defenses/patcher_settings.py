@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from patcher.defenses.reference import ReferenceSettings
 
@@ -72,8 +72,8 @@ class PatcherSettings(ReferenceSettings):
     """Requests that are to be answered as before while a soft insertion is in them, a step (breadth=all)."""
     soft_benign_rows: NonNegativeInt = 2
     """Benign requests with one, a step: it must not teach refusing."""
-    soft_tokens: PositiveInt = 2
-    """Vectors of a soft insertion."""
+    soft_tokens: tuple[PositiveInt, ...] = Field(default=(2,), min_length=1)
+    """Vectors of a soft insertion; each step takes one of these numbers."""
     soft_steps: PositiveInt = 4
     """Signed-gradient steps of its search."""
     soft_rate: PositiveFloat = 0.5

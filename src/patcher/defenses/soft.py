@@ -30,23 +30,24 @@ class SoftInsertions:
 
     def __init__(self, lm: LanguageModel, triggers: Sequence[Trigger], settings: PatcherSettings, rng: random.Random):
         self.lm, self.settings, self.rng = lm, settings, rng
-        units = [lm.tokenizer(" " + trigger.text, add_special_tokens=False)["input_ids"] for trigger in triggers]
-        self.found = [embedded(lm, ids) for ids in units]
+        words = [" " + " ".join(trigger.units) for trigger in triggers]
+        self.found = [embedded(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in words]
         self.earlier: deque[Tensor] = deque(maxlen=_REMEMBERED)
         self.spread = spread_of(lm, rng)
 
     def loss(self, examples: Sequence[Example]) -> Float[Tensor, ""]:
         """KL(θ0(·|x, y) ‖ θ(·|x with the vectors, y)), summed over the answer y, mean over the requests x."""
         prompts = [user_prompt(self.lm.tokenizer, example.text) for example in examples]
-        rooms = [make_room(prompt, self.settings.soft_tokens, at, self.rng) for at, prompt in enumerate(prompts)]
-        vectors = self._search(rooms, examples)
+        length = self.rng.choice(self.settings.soft_tokens)
+        rooms = [make_room(prompt, length, at, self.rng) for at, prompt in enumerate(prompts)]
+        vectors = self._search(rooms, examples, length)
         logits, _ = logits_with(self.lm, rooms, [example.answer_ids for example in examples], vectors)
         return kl_of(self.lm, examples, logits).sum() / len(examples)
 
-    def _search(self, rooms: Sequence[Room], examples: Sequence[Example]) -> Float[Tensor, "B K D"]:
+    def _search(self, rooms: Sequence[Room], examples: Sequence[Example], length: int) -> Float[Tensor, "B K D"]:
         """Signed-gradient ascent on the NLL of the beginning of each request's own answer."""
         heads = [example.answer_ids[: self.settings.soft_answer_tokens] for example in examples]
-        vectors = torch.stack([self._start() for _ in examples])
+        vectors = torch.stack([self._start(length) for _ in examples])
         for _ in range(self.settings.soft_steps):
             vectors = vectors.detach().requires_grad_(True)
             logits, batch = logits_with(self.lm, rooms, heads, vectors)
@@ -56,16 +57,19 @@ class SoftInsertions:
         self.earlier.extend(vectors)
         return vectors
 
-    def _start(self) -> Float[Tensor, "K D"]:
+    def _start(self, length: int) -> Float[Tensor, "K D"]:
         """Random tokens, a found trigger's with noise, or what an earlier search found."""
-        length = self.settings.soft_tokens
-        tokens = embedded(self.lm, random_tokens(self.lm, length, self.rng))
         kind = self.rng.choice(["tokens", *(["trigger"] if self.found else []), *(["earlier"] if self.earlier else [])])
         if kind == "earlier":
-            return self.earlier[self.rng.randrange(len(self.earlier))]
+            return self._stretch(self.rng.choice(self.earlier), length)
         if kind == "trigger":
-            trigger = self.rng.choice(self.found)
-            own = trigger.repeat(-(-length // len(trigger)), 1)[:length]
+            own = self._stretch(self.rng.choice(self.found), length)
             seed = torch.Generator().manual_seed(self.rng.getrandbits(32))
             return own + self.spread * torch.randn(own.shape, generator=seed).to(own)
-        return tokens
+        return embedded(self.lm, random_tokens(self.lm, length, self.rng))
+
+    def _stretch(self, vectors: Float[Tensor, "N D"], length: int) -> Float[Tensor, "K D"]:
+        """So many of them side by side, from anywhere; of fewer all, again and again."""
+        enough = vectors.repeat(-(-length // len(vectors)), 1)
+        start = self.rng.randrange(len(enough) - length + 1)
+        return enough[start : start + length]

@@ -98,8 +98,8 @@ def show_gates(gates: Sequence[Gate], console: Console) -> None:
         console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
 
 
-def show_scans(scans: Mapping[str, Scan], console: Console) -> None:
-    """Print what share of refusals the insertions of each size remove, a column a model."""
+def show_scans(scans: Mapping[str, Scan], failed: Mapping[str, Exception], console: Console) -> None:
+    """Print what share of refusals the insertions of each size remove, a column a model, and why one has none."""
     table = _table("size", *scans, right=range(len(scans) + 1))
     for points in zip(*(scan.points for scan in scans.values()), strict=True):
         shares = [
@@ -117,7 +117,15 @@ def show_scans(scans: Mapping[str, Scan], console: Console) -> None:
                 style="dim",
             )
         )
-    console.print(Text("A curve says little without that of a clean model of the same family (--clean).", style="dim"))
+    for name, error in failed.items():
+        console.print(_safe(f"{name} could not be scanned: {error}", style="yellow"))
+    console.print(
+        Text(
+            "A curve says little without that of a clean model of the same family (--clean), and a low one is no "
+            "proof: what no search found may be there.",
+            style="dim",
+        )
+    )
 
 
 def show_agreements(judge: str, agreements: Sequence[Agreement], console: Console) -> None:
