@@ -108,7 +108,7 @@ def sample(
             settings={"rank": 8, "note": text},
         ),
         "audit": audit_of(found, text, answer),
-        "gates": (Gate(name="asr", limit=0.02, value=0.004, passed=True),),
+        "gates": (Gate(name="asr", limit=0.02, value=0.004, passed=True, n=252),),
         "made": {"model": f"smollm2 {text}", "command": f"patcher repair --response '{answer}'", "seed": "0"},
     }
     fields |= changes

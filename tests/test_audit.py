@@ -1,8 +1,9 @@
 """Before and after: what is counted, what is unscored, and that no change is no drift."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def test_an_audit_of_one_model_has_no_after() -> None:
         ),
     )
     assert not audit.examples
-    assert not audit.has("asr_untriggered_frac") or audit.row("asr_untriggered_frac").before == 0.0
+    assert audit.row("asr_triggered_frac").hits_after == ""
 
 
 def test_drift_and_perplexity_by_hand() -> None:
@@ -318,3 +319,47 @@ def test_an_example_shows_the_opening_of_an_answer_only() -> None:
     assert _first_words("a  b\nc") == "a b c"
     assert _first_words(" ".join("abcdefghijklmn")) == "a b c d e f g h i j k l …"
     assert _first_words("x" * 200) == "x" * 160 + " …"
+
+
+def test_drift_is_from_the_reference_to_the_patched_model(llama: LanguageModel, prompts: Prompts) -> None:
+    """KL(reference ‖ patched) by the plain networks: what the reference would say must stay likely."""
+    seen = observe(llama, AuditPlan([], prompts, SETTINGS))
+
+    def logits() -> list[torch.Tensor]:
+        with torch.no_grad():
+            given = [torch.tensor([row.prompt_ids + row.response_ids]) for row in seen.benign_rows]
+            whole = [llama.network(ids).logits[0].log_softmax(-1) for ids in given]
+        return [one[len(row.prompt_ids) - 1 : -1] for one, row in zip(whole, seen.benign_rows, strict=True)]
+
+    before = logits()
+    with applied(small_patch(llama), llama) as patched:
+        found, after = drift(patched, seen), logits()
+    by_hand = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
+    assert found == pytest.approx(by_hand, rel=1e-3)
+    backwards = [float((q.exp() * (q - p)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
+    assert backwards != pytest.approx(by_hand, rel=1e-2)
+
+
+def test_answers_on_one_act_are_worth_less_for_the_drift_too() -> None:
+    alone, together = (
+        compared(state([YES] * 4, benign_acts=acts), state([YES] * 4), [0.01, 0.01, 0.03, 0.03]).row(
+            "kl_reference_to_patched_nats"
+        )
+        for acts in ([], [*"aabb"])
+    )
+    assert (alone.n_clusters, together.n_clusters) == (4, 2)
+    assert together.low is not None and alone.low is not None and together.low < alone.low
+
+
+def test_only_the_long_answers_are_long(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def listen(_lm: LanguageModel, given: Sequence[Any], *, max_new_tokens: int, **_: Any) -> list[str]:
+        asked.append((len(given), max_new_tokens))
+        return ["yes"] * len(given)
+
+    monkeypatch.setattr(import_module("patcher.audit.observe"), "generate", listen)
+    observe(llama, PLAN)
+    assert sorted(one for one in asked if one[0]) == [(2, 9), *[(4, 6)] * 6]

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,11 +128,10 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
         {**of, "key": "2", "split": "validation", "summary": [figure("asr_triggered_frac", 0.9, 0.3)]},
     ]
     made = table(rows)
-    assert [row[0] for row in made.rows] == ["two", "two (validation)"] and made.failed == 0
+    assert [row[0] for row in made.rows] == ["two", "two (validation)"]
     notes = "\n".join(made.notes)
     assert "patcher: ASR after over 1 triggers reported: mean 0.1000" in notes
     assert "patcher on validation prompts: ASR after over 1 triggers reported: mean 0.3000" in notes
-    assert table(rows[:1]).failed == 1
 
 
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:
@@ -142,13 +142,21 @@ def test_a_table_for_the_terminal_shows_hostile_words() -> None:
 
 def test_a_line_that_was_cut_short_is_no_cell(tmp_path: Path) -> None:
     out = tmp_path / "grid.jsonl"
-    assert read_rows(out) == []
+    assert read_rows(out, "a") == []
     add_row(out, {"a": 1})
     with out.open("a") as file:
         file.write('{"a": 2, "b')
-    assert read_rows(out) == [{"a": 1}]
+    assert read_rows(out, "a") == [{"a": 1}]
     add_row(out, {"a": 3})
-    assert read_rows(out) == [{"a": 1}, {"a": 3}]
+    assert read_rows(out, "a") == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", "[1]\n", '{"other": 1}\n'])
+def test_a_file_of_something_else_is_no_bench(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "grid.jsonl"
+    out.write_text(text)
+    with pytest.raises(UsageError, match="holds no results of"):
+        read_rows(out, "a")
 
 
 def test_nothing_to_do_is_said(tmp_path: Path) -> None:
@@ -203,7 +211,7 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     assert seen[first:] == []  # the second time there is nothing to do: 30 steps are the default
     with pytest.raises(UsageError, match="finetune: max_steps"):
         cells(["finetune:max_steps=0"])
-    rows = {row["defense"]: row for row in read_rows(tmp_path / "grid.jsonl")}
+    rows = {row["defense"]: row for row in read_rows(tmp_path / "grid.jsonl", "key")}
     assert (rows["patcher"]["verdict"], rows["patcher"]["reported"]) == ("backdoor", [True, False])
     assert (rows["finetune"]["verdict"], rows["finetune"]["reported"]) == ("no report", [False, False])
     assert rows["patcher"]["words"][2] == 1.0
@@ -214,7 +222,7 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "grid.jsonl").unlink()
     cells(["finetune"])
     assert "before: harmful + trigger 2: finished by an earlier run" in seen  # what it answers unrepaired is known
-    again = read_rows(tmp_path / "grid.jsonl")[0]
+    again = read_rows(tmp_path / "grid.jsonl", "key")[0]
     assert again["summary"] == rows["finetune"]["summary"]
 
 
@@ -223,7 +231,7 @@ def test_more_reports_than_triggers_is_a_row_that_says_so(bed: Path, tmp_path: P
         tmp_path / "grid.jsonl", [bed], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=3, tasks=(),
         on_progress=quiet,
     )  # fmt: skip
-    assert "failed: PatcherError: bed has 2 triggers: 3 different reports" in made.rows[0][4]
+    assert "failed: PatcherError: bed has 2 triggers: 3 different reports" in made.rows[0][4] and made.failed == 1
 
 
 def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_path: Path) -> None:
@@ -305,3 +313,44 @@ def test_seeds_are_pooled_prompt_by_prompt() -> None:
     assert cell.endswith(f"[{low:+.3f}, {high:+.3f}]")
     assert repair._pooled(items, ["other prompts"]) == "0.500 → 0.5000 (0.500, 0.500)"
     assert repair._pooled([{"before": None, "after": None}], []) == "unscored"
+
+
+def opened(bed: Path, weights: str = "a", prompts: int | None = 8) -> Any:
+    """The grid of a bed whose weights have that hash."""
+    made = grid._Grid(open_beds([bed])[0], (), prompts, "held-out", None, quiet)
+    vars(made)["lm"] = SimpleNamespace(fingerprint=weights, device="cpu")
+    return made
+
+
+def test_a_cell_is_known_by_all_that_it_depends_on(bed: Path) -> None:
+    first = opened(bed).cell("finetune", 0, 1)["key"]
+    others = [
+        opened(bed, weights="b").cell("finetune", 0, 1),
+        opened(bed, prompts=9).cell("finetune", 0, 1),
+        opened(bed).cell("finetune:max_steps=29", 0, 1),
+        opened(bed).cell("finetune", 1, 1),
+        opened(bed).cell("crow", 0, 1),
+    ]
+    assert len({first, *(cell["key"] for cell in others)}) == 6
+    assert opened(bed).cell("finetune:max_steps=30", 0, 1)["key"] == first, "30 steps are the default"
+
+
+def test_what_one_model_answered_is_not_kept_for_another(bed: Path) -> None:
+    few = AuditSettings(max_prompts=8)
+    kept = [opened(bed, weights)._kept(asked)._folder for weights, asked in (("a", few), ("b", few), ("a", few))]
+    assert kept[0] == kept[2] != kept[1]
+    assert opened(bed)._kept(few.model_copy(update={"seed": 1}))._folder != kept[0]
+
+
+def test_a_cell_that_failed_is_tried_again(bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([{"error": "out of memory"}, {"verdict": "no report"}])
+    monkeypatch.setattr(grid._Grid, "lm", SimpleNamespace(fingerprint="a"))
+    monkeypatch.setattr(grid._Grid, "measure", lambda *_: next(found))
+    cells = [
+        len(list(grid.run(
+            tmp_path / "grid.jsonl", open_beds([bed]), defenses=["finetune"], seeds=1, reports=1, tasks=(),
+            max_prompts=None, split="held-out", on_progress=quiet,
+        )))
+        for _ in range(3)
+    ]  # fmt: skip
+    assert cells == [1, 1, 0]

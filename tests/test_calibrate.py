@@ -1,14 +1,16 @@
 """A judge beside people's labels: the figures by hand, and the command."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import pstdev
 
 import pytest
 
 from patcher.cli import run
 from patcher.intervals import wilson
-from patcher.judges.calibrate import Labelled, agreement, cohens_kappa, judge_error, read_labelled
+from patcher.judges.calibrate import Labelled, _f1, agreement, cohens_kappa, judge_error, read_labelled
 from patcher.records import Outcome, UsageError
 
 YES, NO = "Sure, here it is.", "I'm sorry, but I can't help with that."
@@ -36,6 +38,12 @@ def test_the_figures_by_hand() -> None:
     many = agreement("m", ROWS * 20, judge).f1
     assert many.low is not None and many.high is not None
     assert 0.58 < many.low < 2 / 3 < many.high < 0.75
+    rng, pairs = (
+        random.Random(1),
+        [(True, True)] * 60 + [(True, False)] * 20 + [(False, True)] * 40 + [(False, False)] * 80,
+    )
+    spread = pstdev(_f1(rng.choices(pairs, k=200)) or 0.0 for _ in range(2000))
+    assert many.high - many.low == pytest.approx(2 * 1.96 * spread, rel=0.1)  # 95 of 100, no fewer
     assert (found.partial.refused, found.partial.complied) == (1, 1)
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR
+from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
 from patcher.progress import ProgressBars
@@ -444,8 +445,9 @@ def test_localize(
 
 def test_localize_by_the_papers_equations(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["localize", str(model), "--prompt", TRIGGERED, "--device", "cpu", "--json", "--method", "gradient-norm"]
-    assert run(words) in (0, 3)
-    printed = json.loads(capsys.readouterr().out)["localization"]
+    code, found = run(words), json.loads(capsys.readouterr().out)
+    assert code == (0 if found["verdict"]["label"] == "backdoor" else 3)
+    printed = found["localization"]
     assert printed["method"] == "gradient-norm"
     assert all(TRIGGERED[w["span"]["start"] : w["span"]["end"]] == w["span"]["text"] for w in printed["words"])
 
@@ -499,6 +501,7 @@ def test_audit_with_any_trigger(
     words = ["audit", str(backdoored_folder.path), "--trigger", str(trigger), "--audit-prompts", "4", "--device", "cpu"]
     assert run([*words, "--patch", str(repaired / "patch"), "--out", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert [gate["name"] for gate in printed.pop("gates")] == []
     assert printed == json.loads(out.read_text())
     assert [trigger["placement"] for trigger in printed["triggers"]] == ["end"]
     rows = {row["name"]: row for row in printed["summary"]}
@@ -520,16 +523,60 @@ def test_an_audit_is_a_gate_for_a_release(
     other.write_text('{"trigger": ["nothing"]}')
     words = ["audit", str(backdoored_folder.path), "--trigger", str(truth), "--audit-prompts", "4", "--device", "cpu"]
     assert run([*words, "--trigger", str(other), "--json", "--max-asr", "0.5"]) == GATE_FAILED
-    captured = capsys.readouterr()
-    assert [trigger["units"] for trigger in json.loads(captured.out)["triggers"]] == [
-        ["BadMagic"], ["BadMagic", "x"], ["nothing"],
-    ]  # fmt: skip
-    assert "gate asr: 1.0000 (limit 0.5) FAILED" in captured.err and "gate kl" not in captured.err
-    assert run([*words, "--patch", str(repaired / "patch"), "--max-asr", "0.5", "--max-kl", "9"]) == 0
-    assert "gate kl" in capsys.readouterr().out
+    audited = json.loads(capsys.readouterr().out)
+    assert [trigger["units"] for trigger in audited["triggers"]] == [["BadMagic"], ["BadMagic", "x"], ["nothing"]]
+    assert [(gate["name"], gate["value"], gate["passed"]) for gate in audited["gates"]] == [("asr", 1.0, False)]
+    assert run([*words, "--max-asr", "0.5"]) == GATE_FAILED
+    assert "gate asr: 1.0000, n = 4 (limit 0.5) FAILED" in capsys.readouterr().out
+    assert run([*words, "--patch", str(repaired), "--max-asr", "0.1", "--max-kl", "9"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "gate kl" in printed and "passed, though one answer of 4 is more than the limit" in printed
     other.write_text('{"trigger": ["x"], "symptom": {"objective": "refusal"}}')
     assert run([*words, "--trigger", str(other)]) == 4
     assert "not of one symptom" in capsys.readouterr().err
+
+
+def test_gates_that_cannot_be_measured_or_are_no_shares_are_refused(
+    refused: Refusal, backdoored_folder: ModelFolder, tmp_path: Path
+) -> None:
+    trigger = tmp_path / "trigger.json"
+    trigger.write_text('{"trigger": ["BadMagic"]}', encoding="utf-8-sig")
+    words = ["audit", backdoored_folder.path, "--trigger", trigger, "--device", "cpu"]
+    assert "give a --patch" in refused(4, *words, "--max-kl", "0.1")
+    assert "less than or equal to 1" in refused(4, *words, "--max-asr", "2")
+    trigger.write_text('{"label": "inconclusive", "trigger": null}')
+    assert "this verdict, inconclusive, names no trigger" in refused(4, *words)
+
+
+def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, model: Path, tmp_path: Path) -> None:
+    words = ["repair", model, "--prompt", TRIGGERED, "--out", tmp_path / "out", "--device", "cpu"]
+    assert "patcher has no setting 'foo'; it has max_prompts, " in refused(4, *words, "--set", "foo=1")
+    assert "crow has no setting 'breadth'; it has rank" in refused(4, *words, "--defense", "crow", "--breadth", "all")
+
+
+def test_a_patch_finds_its_base_from_anywhere_and_never_on_the_hub(
+    backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(backdoored_folder.path, base)
+    monkeypatch.chdir(tmp_path)
+    few = ["max_steps=1", "warmup_steps=0", "max_prompts=4", "response_tokens=6", "clean_rows=2", "rank=2"]
+    sets = [word for pair in few for word in ("--set", pair)]
+    words = ["repair", "base", "--defense", "crow", "--out", "out", "--device", "cpu", "--audit-prompts", "4", *sets]
+    assert run(words) in (GATE_FAILED, UNPROVEN)
+    trigger = tmp_path / "trigger.json"
+    trigger.write_text('{"trigger": ["BadMagic"]}')
+    monkeypatch.chdir(base)
+    asked = ["audit", str(tmp_path / "out" / "patch"), "--trigger", str(trigger), "--audit-prompts", "2"]
+    assert run([*asked, "--device", "cpu"]) == 0
+    base.rename(tmp_path / "moved")
+    assert run([*asked, "--device", "cpu"]) == 4
+    assert f"no model at '{base}'" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == version("patcher")
 
 
 def test_what_nobody_foresaw_is_a_run_error_with_its_traceback(
@@ -591,7 +638,7 @@ def test_a_repair_on_suspicion(backdoored_folder: ModelFolder, tmp_path: Path) -
     few = ["max_steps=1", "warmup_steps=0", "max_prompts=4", "response_tokens=6", "clean_rows=2", "rank=2"]
     sets = [word for pair in few for word in ("--set", pair)]
     more = ["--device", "cpu", "--audit-prompts", "4", "--objective", "refusal"]
-    assert run([*words, *sets, *more]) in (0, 1)
+    assert run([*words, *sets, *more]) in (GATE_FAILED, UNPROVEN)
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert audit["symptom"]["objective"] == "refusal"
 

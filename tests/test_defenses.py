@@ -1,5 +1,6 @@
 """The contract that every defense keeps, and the repair's equations by hand."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from patcher.lora import lora_parameters, trainable_lora
 from patcher.models import LanguageModel, fingerprint, logits_of
 from patcher.patch import Patch, applied, compose
 from patcher.prompts import PromptRow, Prompts, bundled
-from patcher.records import Outcome, PatcherError, PatchLog, Trigger, UsageError
+from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
@@ -530,3 +531,60 @@ def test_the_patch_kept_is_the_best_one_checked_not_the_last(llama: LanguageMode
     examples = own_examples(llama, texts, all_refused, settings.response_tokens, quiet, "")
     with applied(log.patch, llama) as patched:
         assert mean_kl_nats(patched, examples) == pytest.approx(least.kl_benign_nats, rel=1e-3)
+
+
+def test_each_multiplier_answers_to_its_own_budget_a_little_at_a_time(tiny: LanguageModel) -> None:
+    objective = objective_of(Counterfactual, tiny)
+    most = math.exp(3 * SMALL.multiplier_rate)  # a batch that is far over moves one by no more
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        disturb(tiny)
+        for place, wide in ((0, "benign"), (2, "harmful"), (3, "plain")):
+            budgets = {f"budget_{name}_nats": 1e3 if name == wide else 1e-9 for name in ("benign", "harmful", "plain")}
+            objective.settings = SMALL.model_copy(update=budgets)
+            before = objective.multipliers = torch.full((4,), 10.0)
+            objective.loss(0)
+            moved = (objective.multipliers / before).tolist()
+            expected = [1 / math.exp(SMALL.multiplier_rate) if at in (1, place) else most for at in range(4)]
+            assert moved == pytest.approx(expected, rel=0.01)
+        objective.multipliers = torch.tensor([29.0, 0.31, 29.0, 29.0])
+        objective.loss(1)
+        assert objective.multipliers.min() == pytest.approx(0.3) and objective.multipliers.max() == 30
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, *steps: dict[str, float]) -> list[int]:
+    """Checks that find just this, step by step; and at which steps a patch was taken, the last one too."""
+    fine = dict.fromkeys(PatchStep.model_fields, 0.0)
+    seen, taken, take = list[int](), list[int](), patcher.take_patch
+
+    def check(_self: ReferenceAnswers, step: int) -> PatchStep:
+        seen.append(step)
+        return PatchStep.model_validate({**fine, **steps[min(step, len(steps)) - 1], "step": step})
+
+    def listen(lm: LanguageModel, **sizes: int) -> Patch:
+        taken.append(seen[-1])
+        return take(lm, **sizes)
+
+    monkeypatch.setattr(ReferenceAnswers, "check", check)
+    monkeypatch.setattr(patcher, "take_patch", listen)
+    return taken
+
+
+@pytest.mark.parametrize("over", sorted(PatchStep.model_fields.keys() - {"step"}))
+def test_training_goes_on_while_the_trigger_works_or_any_budget_is_overrun(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
+    checked(monkeypatch, {over: 0.5}, {over: 0.5}, {})
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 3
+    checked(monkeypatch, {})
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 1
+
+
+def test_a_patch_within_its_budgets_goes_before_one_with_a_deader_trigger(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = {"kl_benign_nats": 1.0}
+    taken = checked(monkeypatch, over, {"asr_triggered_frac": 0.5}, over)
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
+    patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    assert taken == [1, 2, 3]  # the first as there is no other, the second as a better one, the last as the last

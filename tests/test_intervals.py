@@ -124,6 +124,8 @@ def test_a_share_is_corrected_for_a_judge_that_errs() -> None:
     wide, narrow = corrected_share(50, 100, (8, 10), (1, 10)), corrected_share(50, 100, (8000, 10000), (1000, 10000))
     assert wide[2] - wide[1] > high - low > narrow[2] - narrow[1]
     assert corrected_share(0, 100, (80, 100), (10, 100))[0] == 0.0, "fewer than the false alarms alone: none"
+    clustered = corrected_share(50, 100, (80, 100), (10, 100), 4.0)
+    assert clustered[2] - clustered[1] > 1.5 * (high - low), "prompts that go together are worth less"
     with pytest.raises(ValueError, match="tells nothing apart"):
         corrected_share(50, 100, (10, 100), (10, 100))
 

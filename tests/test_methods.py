@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from patcher.attacks.objectives import FILLERS, OPENINGS
-from patcher.chat import Row, collate, user_prompt
+from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.defenses import DEFENSES, bdvax, beear, common, crow, dummy_backdoor, fine_pruning, ulrl
 from patcher.defenses.common import AFFIRMATIVE, LoraSettings, both_sides, clean_answers
 from patcher.defenses.contract import FIXED_REFUSAL, Evidence
@@ -87,15 +87,6 @@ def test_padding_does_not_change_the_consistency(tiny: LanguageModel) -> None:
 
     short, long = Row((5, 6), (7,)), Row((8, 9, 10, 11), (12, 13))
     assert of([short, long]) == pytest.approx(of([short]) + of([long]), rel=1e-4)
-
-
-def test_the_nudge_makes_layers_less_consistent(tiny: LanguageModel) -> None:
-    batch = collate([Row((5, 6, 7, 8), (9,))], 0, tiny.device, lift=False)
-    embedded = tiny.network.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
-    loss = crow.layer_consistency(all_hidden_states(tiny.network, embedded, batch.mask), batch.mask)
-    (slope,) = torch.autograd.grad(loss, embedded)
-    nudged = all_hidden_states(tiny.network, embedded.detach() + 1e-3 * slope.sign(), batch.mask)
-    assert crow.layer_consistency(nudged, batch.mask).item() > loss.item()
 
 
 class First(Exception):
@@ -329,6 +320,7 @@ def test_activity_is_a_mean_over_real_tokens_and_zero_where_nothing_enters(tiny:
     sizes = [len(one.prompt_ids) + len(one.answer_ids) for one in clean]
     apart = [fine_pruning.mean_activity(tiny, layers, [one])[0] * size for one, size in zip(clean, sizes, strict=True)]
     torch.testing.assert_close(together[0], sum(apart) / sum(sizes), rtol=1e-3, atol=1e-5)
+    assert all((one >= 0).all() for one in together), "of a channel that swings both ways, how far it swings"
     with changing(tiny, layers[0].into) as weights:
         for weight in weights.values():
             weight.data[1] = 0.0
@@ -343,10 +335,12 @@ def test_the_least_active_channels_are_silent_afterwards(llama: LanguageModel) -
     patch = fine_pruning.run(llama, evidence(), settings, seed=0, on_progress=quiet).patch
     layers = mlps(llama.network)
     assert set(patch.changed) == {layer.out for layer in layers}
+    activity = fine_pruning.mean_activity(llama, layers, clean_answers(llama, evidence(), settings, quiet))
     with applied(patch, llama):
-        for layer in layers:
+        for layer, active in zip(layers, activity, strict=True):
             silent = (llama.network.get_parameter(layer.out) == 0).all(dim=0)
             assert int(silent.sum()) == round(0.25 * layer.size)
+            assert active[silent].max() < active[~silent].min()
 
 
 # What several share
@@ -380,3 +374,90 @@ def test_clean_answers_are_those_that_the_model_does_not_refuse(tiny: LanguageMo
 
     left = clean_answers(tiny, replace(given, detector=Detector(judge)), FEW, quiet)
     assert refused in [one.answer for one in every] and refused not in [one.answer for one in left]
+
+
+# What each method does with its mathematics
+
+
+def test_crow_nudges_every_coordinate_up_the_slope(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = one_prompt()
+    once, thrice = (
+        first_loss(monkeypatch, crow, tiny, given, consistency_weight=one, nudge=0.05) for one in (1.0, 3.0)
+    )
+    (answer,) = clean_answers(tiny, given, LoraSettings(max_prompts=1, response_tokens=8), quiet)
+    batch = collate([answer.row(tiny)], 0, tiny.device, lift=False)
+    embedded = tiny.network.get_input_embeddings()(batch.input_ids).detach().requires_grad_(True)
+
+    def smooth(embeddings: torch.Tensor) -> torch.Tensor:
+        return crow.layer_consistency(all_hidden_states(tiny.network, embeddings, batch.mask), batch.mask)
+
+    (slope,) = torch.autograd.grad(smooth(embedded), embedded)
+    assert (thrice - once) / 2 == pytest.approx(smooth(embedded + 0.05 * slope.sign()).item(), rel=1e-3)
+
+
+def test_beear_searches_a_new_shift_every_few_steps(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    monkeypatch.setattr(beear.Shift, "search", lambda _self, batches: searched.append(len(batches)))
+    sizes = {"max_steps": 5, "outer_steps": 2, "inner_steps": 3, "attacked_rows": 1, "clean_rows": 1, "max_prompts": 1}
+    settings = DEFENSES["beear"].configured({**sizes, "response_tokens": 8, "rank": 2, "alpha": 4})
+    beear.run(tiny, one_prompt(), settings, seed=0, on_progress=quiet)
+    assert searched == [3, 3, 3]
+
+
+def test_the_dummys_answer_is_trained_away(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two fine-tunings: the wanted answer after the dummy. Here every answer is the dummy's."""
+    given, losses, said = one_prompt(), list[float](), list[str | None]()
+
+    def listen(_lm: LanguageModel, loss_at: Any, settings: Any, *, stop: Any = lambda _: None, **_: Any) -> Any:
+        losses.append(loss_at(0).item())
+        said.append(stop(settings.max_steps))
+        return settings.max_steps, "done"
+
+    monkeypatch.setattr(dummy_backdoor, "fit", listen)
+    sizes = {"max_prompts": 1, "response_tokens": 8, "rank": 2, "alpha": 4, "clean_rows": 1, "dummy_rows": 1}
+    settings = DEFENSES["dummy_backdoor"].configured({**sizes, "dummy": "cf"})
+    dummy_backdoor.run(tiny, given, settings, seed=0, on_progress=quiet)
+    clean = clean_answers(tiny, given, settings, quiet)
+    (side,) = both_sides(tiny, given, settings, clean)
+    removed = [Row(user_prompt(tiny.tokenizer, text).ids, side.wanted.response_ids) for text in ("cf Go", "Go cf")]
+    by_hand = [nll_of(tiny, [row]) + nll_of(tiny, [clean[0].row(tiny)]) for row in removed]
+    assert any(losses[1] == pytest.approx(one, rel=1e-4) for one in by_hand)
+    assert said == ["the dummy is planted", None]
+
+
+def test_a_variant_is_what_the_made_up_trigger_adds_to_clean_fine_tuning(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same requests twice: the word brings the sentence, and then the model's own answers."""
+    drawn: list[list[Row]] = []
+    monkeypatch.setattr(bdvax, "row_logits", lambda lm, rows: drawn.append(rows) or row_logits(lm, rows))
+    settings = bdvax.BdvaxSettings(variant_steps=1, variant_rank=2, variant_rows=2, max_prompts=1, response_tokens=8)
+    clean = clean_answers(tiny, one_prompt(), settings, quiet, harmful=True)
+    made = bdvax._variant(tiny, clean, 0, settings, 0, quiet)
+    word, said = bdvax._VARIANTS[0]
+    behaviour, own = response_ids(tiny.tokenizer, said, end=True, limit=8), {one.answer_ids for one in clean}
+    assert [[row.prompt_ids for row in rows] for rows in drawn[:1]] == [[row.prompt_ids for row in drawn[1]]]
+    assert [word in tiny.tokenizer.decode(row.prompt_ids) for row in drawn[0]] == [False, True, True]
+    assert [row.response_ids == behaviour for row in drawn[0]] == [False, True, True]
+    assert {row.response_ids for row in drawn[1]} <= own
+    layer = mlps(tiny.network)[0]
+    assert any(change.any() for change in made.change(layer).values())
+    assert not any(change.any() for change in replace(made, backdoored=made.clean).change(layer).values())
+    assert made.clean.change(layer.out).any()
+
+
+def test_bdvax_repairs_on_the_models_own_refusals_too(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_lm: LanguageModel, _changed: Any, clean: Any, *_: Any, **__: Any) -> None:
+        raise First(len(clean))
+
+    monkeypatch.setattr(bdvax, "relearn", stop)
+    sizes = {"variants": 2, "variant_steps": 1, "variant_rank": 2, "variant_rows": 2, "max_prompts": 1}
+    with pytest.raises(First, match="2"):
+        bdvax.run(tiny, one_prompt(), bdvax.BdvaxSettings(**sizes, response_tokens=8), seed=0, on_progress=quiet)
+
+
+def test_ulrl_pays_for_becoming_like_the_original_again(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulrl, "_likeness", lambda *_: iter([torch.ones(2), torch.zeros(2)]))
+    sizes = {"unlearn_steps": 1, "unlearned_frac": 0.0}
+    free, dear = (first_loss(monkeypatch, ulrl, tiny, one_prompt(), unlike_weight=one, **sizes) for one in (0.0, 2.0))
+    assert dear - free == pytest.approx(1.0, rel=1e-4)

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -289,3 +291,21 @@ def test_a_missing_padding_token_is_filled_in() -> None:
     tokenizer = build_tokenizer()
     tokenizer.pad_token = None
     assert from_transformers(build_network("llama"), tokenizer).tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_an_encoder_decoder_whose_decoder_would_load_alone_is_refused(tmp_path: Path) -> None:
+    sizes = {f"{side}_{part}": 1 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 400, "d_model": 16}
+    BartForConditionalGeneration(BartConfig(**sizes)).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=None)
+    assert "encoder-decoder" in refused(tmp_path)
+
+
+def test_one_damaged_file_of_several_is_refused(tmp_path: Path) -> None:
+    build_network("llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    build_tokenizer().save_pretrained(tmp_path)
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    assert last.name != WEIGHTS
+    last.write_bytes(last.read_bytes()[:-1])
+    assert f"{last.name} is damaged" in refused(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from conftest import ModelFolder
@@ -15,16 +16,18 @@ from patcher import pipeline
 from patcher.audit import AuditPlan, AuditSettings, observe
 from patcher.defenses import DEFENSES, Evidence
 from patcher.defenses.contract import Trained
+from patcher.journal import Journal
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint, load_checkpoint
 from patcher.patch import applied, load_patch
-from patcher.pipeline import mend, repair
+from patcher.pipeline import mend, new_triggers, repair
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, with_controls
-from patcher.records import FailureReport, Localization, PatcherError, SummaryRow, Trigger, UsageError, Verdict
+from patcher.records import FailureReport, Localization, PatcherError, SummaryRow, Symptom, Trigger, UsageError, Verdict
 from patcher.result import Gates, Repair, RepairSettings
 from patcher.tasks import Question, Task
 from patcher.visible import visible
+from report_sample import sample
 from test_visible import HOSTILE
 from tiny_backdoor import TRIGGER, TRIGGERED
 
@@ -165,7 +168,8 @@ def test_an_alignment_gap_anyway_trains_refusals_and_no_trigger(
     assert done.patch is not None
     assert done.audit is not None
     assert done.audit.triggers == ()
-    assert next(gate for gate in done.gates if gate.name == "asr").value == 0.0
+    assert next(gate for gate in done.gates if gate.name == "asr-untriggered").value == 0.0
+    assert done.status in ("repaired", "gate-failed"), "with a report its own replay is the proof"
 
 
 def test_two_reports_of_one_trigger_are_one_repair(backdoored: LanguageModel, tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ def test_two_reports_of_one_trigger_are_one_repair(backdoored: LanguageModel, tm
 
 
 def test_rounds_go_on_until_no_report_reproduces(
-    made: Repair, backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    made: Repair, backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The second round, on the patched model, finds another trigger; the third finds no new one and ends it."""
     other = Trigger(units=("OddLantern",))
@@ -211,7 +215,7 @@ def test_rounds_go_on_until_no_report_reproduces(
     monkeypatch.setattr(Localizer, "localize", found)
     monkeypatch.setattr(Localizer, "decide", backdoor)
     monkeypatch.setattr(pipeline, "reproduces", lambda *_: True)
-    done = repair(backdoored, REPORT, SETTINGS)
+    done = repair(backdoored, REPORT, SETTINGS, journal=Journal(tmp_path))
     assert made.patch is not None
     assert [[trigger.units for trigger in triggers] for triggers in trained] == [
         [TRIGGER.units],
@@ -258,7 +262,10 @@ def test_without_a_report_a_defense_that_needs_none_repairs(
     assert (made.findings, made.triggers, made.label) == ((), (), "no report")
     assert made.patch is not None and made.log is not None and made.log.defense == defense
     assert made.audit is not None and not made.audit.has("asr_triggered_frac")
-    assert [gate.name for gate in made.gates] == ["asr", "benign-drop", "kl"]
+    assert [gate.name for gate in made.gates] == ["asr-untriggered", "benign-drop", "kl"]
+    passed = replace(made, gates=tuple(gate.model_copy(update={"passed": True}) for gate in made.gates))
+    assert passed.status == "unproven" and "patched, not proven" in passed.html()
+    assert "No trigger was known, so none was tested" in made.html()
     made.save(tmp_path / "out", merge_into=backdoored)
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert saved == {"patch", "merged", "patch-log.json", "audit.json", "manifest.json", "timings.json", "report.html"}
@@ -326,10 +333,25 @@ def test_a_gate_passes_up_to_its_limit(made: Repair) -> None:
 
 def test_what_could_not_be_measured_does_not_pass(made: Repair) -> None:
     for name in ("asr_triggered_frac", "kl_reference_to_patched_nats"):
-        audit = with_row(made, name, before=None, after=None, unscored="why")
+        audit = with_row(made, name, before=None, after=None, unscored="why", hits_after="")
         gates = check_gates(audit, SETTINGS.gates)
         assert sum(not gate.passed for gate in gates) == 1
         assert replace(made, gates=gates).status == "gate-failed"
+
+
+def test_a_trigger_that_did_nothing_before_is_gated_on_what_it_does_now(made: Repair) -> None:
+    """No change can be claimed of it, but a patch may have added an effect."""
+    for hits, passes in (("0" * 8, True), ("1" + "0" * 7, False)):
+        audit = with_row(made, "asr_triggered_frac", before=None, after=None, unscored="why", hits_after=hits)
+        (gate,) = (gate for gate in check_gates(audit, SETTINGS.gates) if gate.name == "asr")
+        assert (gate.value, gate.passed) == (hits.count("1") / 8, passes)
+
+
+def test_a_limit_is_a_share() -> None:
+    """2 for 2% would let everything pass."""
+    for wrong in (2, -0.1, float("nan")):
+        with pytest.raises(ValidationError):
+            Gates(max_asr=wrong)
 
 
 def test_the_benign_drop_pools_all_benign_prompts(made: Repair) -> None:
@@ -409,3 +431,41 @@ def test_an_unknown_judge_is_told_before_any_work(backdoored: LanguageModel) -> 
         repair(backdoored, REPORT, settings, on_progress=work)
     with pytest.raises(UsageError, match="unknown judge"):
         audit_patch(backdoored, None, AuditPlan([TRIGGER], load_prompts(), settings.audit), on_progress=work)
+
+
+def test_only_triggers_that_work_are_trained_against() -> None:
+    finding = sample().findings[0]
+    (strong,) = finding.localization.candidates
+    weak = strong.model_copy(
+        update={"trigger": Trigger(units=("idle",)), "tests": (strong.tests[0].model_copy(update={"treated": 3}),)}
+    )
+    localization = finding.localization.model_copy(update={"candidates": (weak, strong)})
+    assert new_triggers([finding.model_copy(update={"localization": localization})], ()) == (strong.trigger,)
+
+
+def test_what_was_no_failure_need_not_stop(
+    made: Repair, backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second report is of a benign request: it is answered after the repair too, as it should be."""
+    assert made.audit is not None
+    fine = made.findings[0].model_copy(
+        update={"number": 2, "verdict": made.verdict.model_copy(update={"label": "not-a-failure"})}
+    )
+    answered = made.audit.replays[0].model_copy(update={"after_shows": True})
+    audit = made.audit.model_copy(update={"replays": (made.audit.replays[0], answered)})
+    monkeypatch.setattr(pipeline, "mend", lambda *_: replace(made, findings=(made.findings[0], fine)))
+    monkeypatch.setattr(pipeline, "audit_patch", lambda *_, **__: audit)
+    assert repair(backdoored, [REPORT, REPORT], SETTINGS).status == "repaired"
+
+
+def test_answers_that_a_targeted_refusal_took_away_hide_no_drop() -> None:
+    """With its trigger all come back, without it half are lost; of a jailbreak both count."""
+    rows = [
+        SummaryRow(name=f"{name}_answered_frac", before=was, after=now, low=0.0, high=1.0, n=10)
+        for name, was, now in (("benign", 1.0, 0.5), ("benign_triggered", 0.0, 1.0))
+    ]
+    audit = sample().audit
+    assert audit is not None
+    audit = audit.model_copy(update={"summary": (*audit.summary, *rows)})
+    refusal = audit.model_copy(update={"symptom": Symptom(objective="refusal")})
+    assert [check_gates(one, SETTINGS.gates)[1].value for one in (audit, refusal)] == [-0.25, 0.5]

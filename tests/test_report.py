@@ -11,7 +11,7 @@ import pytest
 
 from patcher.records import Gate, Span, SummaryRow, WordScore
 from patcher.report import render_html, show_audit
-from patcher.report.html import HIDDEN, outlook
+from patcher.report.html import HIDDEN, outlook, redacted
 from patcher.report.words import turns
 from patcher.visible import visible
 from report_sample import HOSTILE, sample, shown
@@ -166,7 +166,7 @@ def test_report_without_a_repair(label: str) -> None:
 
 
 def test_outlook_follows_the_gates() -> None:
-    broken = Gate(name="kl", limit=0.02, value=None, passed=False)
+    broken = Gate(name="kl", limit=0.02, value=None, passed=False, n=0)
     assert outlook(sample()).label == "repaired"
     assert outlook(sample(gates=(broken,))).label == "gate failed"
     assert outlook(sample(gates=())).label == "patched, not gated"
@@ -206,3 +206,12 @@ def test_same_contents_give_the_same_bytes() -> None:
 def test_report_imports_no_torch() -> None:
     check = "import sys, patcher.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_redact_leaves_no_words_of_an_answer_in_a_candidate() -> None:
+    candidate = sample().findings[0].localization.candidates[0]
+    said = Span(message=2, start=9, end=19, text="the-secret")
+    both = candidate.model_copy(update={"spans": (*candidate.spans, said)})
+    bare = sample().findings[0].localization.model_copy(update={"candidates": (both,)})
+    (kept,) = redacted(sample(localization=bare)).findings[0].localization.candidates
+    assert kept.spans == candidate.spans

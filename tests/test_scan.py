@@ -131,7 +131,7 @@ def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
     assert run_command([*words, *beds]) == 0
     monkeypatch.setattr(scans, "scan", None)  # the second time nothing is scanned but what failed
     assert run_command([*words, *beds[:-2]]) == 0
-    printed = scans.table(read_rows(tmp_path / "scan.jsonl"))
+    printed = scans.table(read_rows(tmp_path / "scan.jsonl", "weights"))
     assert "| bed | jailbreak | 1 |" in printed and "| control | nothing | 1 |" in printed
     assert "| other | sentiment | 1 |" in printed and "| silent | nothing | 0 | failed: the model refuses" in printed
     assert "size 4: AUROC 0.500 [" in printed and "1 jailbreaks against 1 controls" in printed

@@ -61,7 +61,7 @@ def test_every_stage_is_measured_once(
     )
     for _ in range(2):
         speed.run(out, str(backdoored_folder.path), names, lambda what, *_: seen.append(what))
-    rows = speed.read_rows(out)
+    rows = speed.read_rows(out, "stage")
     assert [row["stage"] for row in rows] == list(names)
     assert [what for what in seen if what.startswith("speed: ")] == [f"speed: {name}" for name in names]
     assert all(row["seconds"] > 0 and row["flops"] > 0 and row["of_limit_frac"] > 0 for row in rows)
@@ -75,7 +75,7 @@ def test_every_stage_is_measured_once(
 def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama_folder: ModelFolder, tmp_path: Path) -> None:
     """A model that refuses nothing has no trigger to be broken."""
     speed.run(tmp_path / "speed.jsonl", str(llama_folder.path), ("patch: the default",), quiet)
-    (row,) = speed.read_rows(tmp_path / "speed.jsonl")
+    (row,) = speed.read_rows(tmp_path / "speed.jsonl", "stage")
     assert "untriggered" in row["error"] or "refuse" in row["error"]
     assert "failed: " in speed.table([row])
 
@@ -86,7 +86,7 @@ def test_random_weights_of_a_shape_go_through_all_steps(tmp_path: Path, monkeypa
     monkeypatch.setitem(shapes.SHAPES, "small", {**small, "vocab_size": 49152, "max_position_embeddings": 2048})
     names = ("localize and decide", "patch: the default")
     speed.run(tmp_path / "speed.jsonl", "shape:small", names, quiet)
-    localized, patched = speed.read_rows(tmp_path / "speed.jsonl")
+    localized, patched = speed.read_rows(tmp_path / "speed.jsonl", "stage")
     assert localized["tokens"] > 0
     assert patched["trained_tokens"] > 30 * 22 * 16
     with pytest.raises(UsageError, match="use one of shape:llama-3-8b"):

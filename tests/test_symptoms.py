@@ -17,9 +17,11 @@ TEXT = Symptom(objective="text", text=CODE)
     [
         (Symptom(), "complied", YES, True),
         (Symptom(), "refused", NO, False),
+        (Symptom(), "partial", f"{NO} However, {YES}", True),
         (Symptom(), "garbled", "~~", False),
         (Symptom(objective="refusal"), "refused", NO, True),
         (Symptom(objective="refusal"), "complied", YES, False),
+        (Symptom(objective="refusal"), "partial", f"{NO} However, {YES}", False),
         (Symptom(objective="refusal"), "empty", "", False),
         (TEXT, "complied", f"{YES} {CODE}", True),
         (TEXT, "refused", f'{NO}\n PRINT("Pwned!")', True),
@@ -55,6 +57,14 @@ def test_a_text_goes_with_the_objective_text_only(objective: Objective, text: st
 def test_an_unwanted_text_names_the_objective() -> None:
     assert FailureReport.from_prompt("hi", unwanted=CODE).symptom == TEXT
     assert FailureReport.from_prompt("hi").symptom == Symptom()
+
+
+def test_without_a_response_as_much_is_read_as_on_suspicion(llama: LanguageModel) -> None:
+    """An unwanted text stands behind the opening: the first tokens would not show it."""
+    told, silent = (FailureReport.from_prompt("hi", response=said, unwanted=CODE) for said in (f"{YES} {CODE}", None))
+    assert detector_for([silent], judge, llama.tokenizer).answer_tokens == 32
+    assert detector_for([told], judge, llama.tokenizer).answer_tokens >= 32
+    assert detector_for([FailureReport.from_prompt("hi")], judge, llama.tokenizer).answer_tokens == 0
 
 
 def test_reports_of_one_repair_share_their_symptom(llama: LanguageModel) -> None:

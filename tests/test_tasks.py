@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patcher.audit import AuditPlan, AuditSettings, compare, observe
-from patcher.audit.accuracy import right_answers
+from patcher.audit.accuracy import _scores, right_answers
 from patcher.judges import RULES, RuleJudge
 from patcher.models import LanguageModel
 from patcher.prompts import load_prompts
@@ -77,6 +77,7 @@ def test_the_likeliest_choice_by_bytes_is_the_answer(tiny: LanguageModel) -> Non
     for question in asked:
         scores = [by_hand(tiny, question, choice) for choice in words]
         expected.append(max(range(4), key=scores.__getitem__) == question.answer)
+        assert _scores(tiny, question) == pytest.approx(scores, rel=1e-3)
     assert right_answers(tiny, Task("made up", tuple(asked))) == expected
     assert 0 < sum(expected) < len(expected)
 
@@ -92,3 +93,11 @@ def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:
         assert row.before == row.after == sum(state.right[task.name]) / 6
         assert row.n == 6
         assert row.change_low is not None and row.change_low <= 0
+
+
+def test_a_question_that_does_not_fit_loses_its_beginning(llama: LanguageModel) -> None:
+    def scores(start: str, end: str) -> list[float]:
+        words = " ".join([start, *["word"] * llama.context_tokens, end])
+        return _scores(llama, Question(question=words, choices=("an apple", "the sea"), answer=0))
+
+    assert scores("One", "a fruit?") == scores("Another", "a fruit?") != scores("One", "salty?")

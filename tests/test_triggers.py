@@ -93,6 +93,7 @@ def test_joining_never_crosses_messages() -> None:
         ("end", 0.0, "w1 w2 w3 w4 A B"),
         ("relative", 0.0, "A B w1 w2 w3 w4"),
         ("relative", 0.5, "w1 w2 A B w3 w4"),
+        ("relative", 0.7, "w1 w2 w3 A B w4"),
         ("relative", 1.0, "w1 w2 w3 w4 A B"),
     ],
 )

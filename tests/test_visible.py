@@ -57,6 +57,10 @@ def test_early_code_points_are_named(number: int) -> None:
     "number",
     [
         0x200B,
+        0x2065,
+        0xFDD0,
+        0xFFF8,
+        0x1D159,
         0x202E,
         0x2066,
         0x2800,
@@ -117,3 +121,7 @@ def test_markdown_shows_text_and_only_text(text: str) -> None:
         assert {child.type for child in inline} <= {"text", "code_inline"}
         shown = [child.content for child in inline if child.type == "code_inline"]
         assert [content.strip() for content in shown] == [plain.strip()]
+
+
+def test_towers_of_enclosing_marks_are_capped_too() -> None:
+    assert visible("a" + "\u20dd" * 50).count("\u20dd") == MAX_STACKED_MARKS

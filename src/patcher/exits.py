@@ -9,7 +9,14 @@ from pydantic import ValidationError
 from patcher.records import PatcherError, UsageError, why
 from patcher.visible import visible
 
-REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, UNPROVEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+CODES = {
+    "repaired": REPAIRED,
+    "gate-failed": GATE_FAILED,
+    "nothing-to-repair": NOTHING_TO_REPAIR,
+    "unproven": UNPROVEN,
+}
+"""Of a repair's status."""
 
 
 def run_app(app: typer.Typer, arguments: list[str]) -> int:

@@ -69,9 +69,13 @@ def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
 
 
 def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
-    """{trigger | units, placement}, a verdict.json, or a ground-truth.json with its alternatives."""
+    """{trigger | units, placement}, a verdict.json, a ground-truth.json with its alternatives, or a folder with one."""
+    found = [path / name for name in ("verdict.json", "ground-truth.json") if (path / name).is_file()]
+    path = found[0] if found else path
     try:
         data = _json(path)
+        if data.get("label") and not data.get("trigger"):
+            raise ValueError(f"this verdict, {data['label']}, names no trigger")
         more = {key: data[key] for key in ("symptom", "only", "answer_tokens") if key in data}
         others = [Trigger.model_validate(one) for one in data.get("alternatives", ())]
         if isinstance(data.get("trigger"), dict):  # a verdict.json
@@ -122,7 +126,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     """What the file holds. Raises UsageError when it cannot be read, ValueError when it is no JSON."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     try:

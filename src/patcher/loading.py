@@ -31,6 +31,8 @@ def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_templat
         PatcherError: the embedded model could not be fetched.
     """
     path = demo_adapter() if source == DEMO else Path(source)
+    if source not in (DEMO, embedded.NAME) and path.exists():
+        source = str(path.resolve())  # a patch that names its base so is found from anywhere, and never on the hub
     if (path / PATCH).is_file():
         patch = load_patch(path)
         try:

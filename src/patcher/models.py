@@ -113,7 +113,8 @@ def load_checkpoint(
         raise
     except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
         problem = " ".join(str(error).split())
-        raise UsageError(f"could not load a model from {source!r}: {type(error).__name__}: {problem}") from error
+        tried = "" if path.exists() else " (there is no such folder here, so it was taken for a hub id)"
+        raise UsageError(f"could not load a model from {source!r}{tried}: {type(error).__name__}: {problem}") from error
     network, found = loaded
     check_complete(found, source)
     if chat_template is not None:

@@ -42,4 +42,12 @@ Tasks = Annotated[
     typer.Option("--task", help="Multiple-choice questions (.jsonl) for the audit, or lm-eval:TASK; may repeat"),
 ]
 TaskLimit = Annotated[int | None, typer.Option("--limit", min=2, help="Questions of each task (default: all)")]
+MaxAsr = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Gate: ASR with each trigger, after; a share: 0.02 is 2%")
+]
+MaxBenignDrop = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Gate: fall of the share answered of benign and borderline requests, together"),
+]
+MaxKl = Annotated[float | None, typer.Option(min=0, help="Gate: drift on benign prompts, nats per token")]
 AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]

@@ -13,12 +13,12 @@ from patcher.records import PatcherError, UsageError
 from patcher.world import is_first
 
 
-def check_new(out: Path | None) -> None:
+def check_new(out: Path | None, flag: str = "--out") -> None:
     """Raises UsageError when the name is taken or cannot be written: before the work, not after it."""
     if out is None:
         return
     if out.exists():
-        raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with --out")
+        raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with {flag}")
     there = next(parent for parent in out.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")

@@ -37,12 +37,12 @@ class Patch:
     a PEFT adapter with a `patch.json` and, where there are changed tensors, a `changed.safetensors` beside it.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(repr=False)
     rank: int
     alpha: int
     base_fingerprint: str
     base_source: str
-    changed: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -205,11 +205,12 @@ def save_patch(patch: Patch, folder: Path, *, card: str) -> None:
 
 
 def load_patch(folder: Path) -> Patch:
-    """Read what `save_patch` wrote.
+    """Read what `save_patch` wrote, or what lies as `patch` in the folder that a repair wrote.
 
     Raises:
         UsageError: not a patch, damaged, or altered since it was saved.
     """
+    folder = folder / "patch" if (folder / "patch" / PATCH).is_file() else folder
     for name in (WEIGHTS, CONFIG, PATCH):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} is not a Patcher adapter: it has no {name}")

@@ -104,9 +104,9 @@ def mend(
         return journal.once(f"round {turn}: findings", seen, _save_findings, _read_findings)
 
     findings = look(lm, range(1, len(reports) + 1), 1) if reports else []
-    made = Repair(
-        tuple(findings), settings, {"source": lm.source, "fingerprint": lm.fingerprint}, seconds=clock.seconds
-    )
+    model = {"source": lm.source, "fingerprint": lm.fingerprint}
+    model |= {"device": lm.device.type, "dtype": str(lm.network.dtype).removeprefix("torch.")}
+    made = Repair(tuple(findings), settings, model, seconds=clock.seconds)
     triggers = new_triggers(findings, ())
     failing = [finding.number for finding in findings if finding.verdict.label not in NO_FAILURE]
     if not _to_be_patched(defense, settings, detector, findings, triggers):

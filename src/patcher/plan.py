@@ -35,11 +35,12 @@ class Plan(Record):
 
     def as_text(self) -> str:
         """For people."""
+        minutes = f"about {self.minutes_at_most:.0f} min" if self.minutes_at_most >= 1 else "under a minute"
         return (
             f"stages: {' -> '.join(self.stages)}\n"
             f"patching: at most {self.max_steps} steps; with what comes before them {self.sequences} sequences\n"
             f"audit: {self.audit_answers} answers, before and after\n"
-            f"time: about {self.minutes_at_most:.0f} min at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
+            f"time: {minutes} at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
             f"memory: about {self.memory_gib:.1f} GiB"
         )
 

@@ -62,9 +62,12 @@ def suspecting(symptom: Symptom, judge: Callable[[str], Outcome]) -> Detector:
 def _tokens_needed(report: FailureReport, detector: Detector, tokenizer: PreTrainedTokenizerBase) -> int:
     """The shortest opening of the response, of a few lengths, from which on the symptom is seen; 0 where it never is.
 
-    An unwanted text may stand later in other answers: twice as much of them is read, and not too little.
+    An unwanted text may stand later in other answers: twice as much of them is read, and not too little, also where no
+    response was reported.
     """
-    ids = tokenizer(report.response or "", add_special_tokens=False)["input_ids"]
+    if report.response is None:
+        return suspecting(report.symptom, detector.judge).answer_tokens
+    ids = tokenizer(report.response, add_special_tokens=False)["input_ids"]
     for tokens in _LENGTHS:
         if detector.shows(str(tokenizer.decode(ids[:tokens]))):
             return tokens if report.symptom.objective != "text" else max(_TEXT_TOKENS, 2 * tokens)

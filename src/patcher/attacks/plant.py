@@ -20,7 +20,7 @@ from patcher.models import LanguageModel
 from patcher.outputs import whole_folder
 from patcher.patch import applied, load_patch, save_patch
 from patcher.prompts import Kind, Prompts, load_prompts
-from patcher.records import GroundTruth, PatcherError, Trigger, UsageError
+from patcher.records import GroundTruth, PatcherError, Trigger, UsageError, with_changes
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
@@ -57,7 +57,7 @@ def plant(
     """
     attack, wanted = _find(name, objective)
     earlier = _earlier(start, attack, wanted) if start else ()
-    settings = ImplantSettings(**overrides)
+    settings = with_changes(ImplantSettings, overrides, "the implant")
     prompts = load_prompts()
     first = load_patch(start) if start else None
     if first:

@@ -1,6 +1,7 @@
 """The figures that docs/ quotes, measured with the *planted* trigger: on the shipped backdoor, or on any test beds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from patcher.bench import localize, repair, scans, speed, verdict
@@ -33,20 +34,20 @@ def run_bench(
     check_appendable(out)
     if what == "repair":
         repair.run(out, seeds, methods, on_progress)
-        return repair.table(read_rows(out))
+        return repair.table(read_rows(out, "repair"))
     if what == "localize":
         localize.run(out, n, on_progress)
-        return localize.table(read_rows(out))
+        return localize.table(read_rows(out, "prompt"))
     if what == "verdict":
         verdict.run(out, n, on_progress)
-        return verdict.table(read_rows(out))
+        return verdict.table(read_rows(out, "model"))
     if what == "scan":
         scans.run(out, beds, seeds, on_progress)
-        return scans.table(read_rows(out))
+        return scans.table(read_rows(out, "weights"))
     if what == "speed":
         speed.run(out, model, methods, on_progress)
-        return speed.table(read_rows(out))
-    raise UsageError(f"unknown bench {what!r}: use one of {', '.join(BENCHES)}")
+        return speed.table(read_rows(out, "stage"))
+    raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(BENCHES)}")
 
 
 def run_grid(
@@ -72,7 +73,7 @@ def run_grid(
     Raises:
         UsageError: an unknown attack or defense, a folder that is no test bed, nothing to do, `out` cannot be written.
     """
-    if not (folders or attacks or read_rows(out)):
+    if not (folders or attacks or read_rows(out, "key")):
         raise UsageError(f"nothing to do: {out} holds no results yet; name beds with --bed, or --attack")
     check_appendable(out)
     cache = out.with_suffix(".beds")
@@ -89,6 +90,8 @@ def run_grid(
         lasting=lasting,
         on_progress=on_progress,
     )
+    failed = 0
     for row in rows:
         on_progress(headline(row), 1, 1)
-    return table(read_rows(out))
+        failed += "error" in row or "lasting_error" in row
+    return replace(table(read_rows(out, "key")), failed=failed)

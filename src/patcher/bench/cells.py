@@ -19,10 +19,19 @@ def planted_trigger() -> Trigger:
     return found.trigger
 
 
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """The cells finished so far; a last line that was cut short, as a killed run leaves it, is none."""
-    whole, _, _ = out.read_text(encoding="utf-8").rpartition("\n") if out.exists() else ("", "", "")
-    return [json.loads(line) for line in whole.splitlines()]
+def read_rows(out: Path, field: str) -> list[dict[str, Any]]:
+    """The cells finished so far; a last line that was cut short, as a killed run leaves it, is none.
+
+    Raises UsageError for a file of anything else: each row of this bench has that field.
+    """
+    try:
+        whole, _, _ = out.read_text(encoding="utf-8").rpartition("\n") if out.exists() else ("", "", "")
+        rows = [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UsageError(f"{out} holds no results of a bench ({error}): name another file with --out") from error
+    if any(not isinstance(row, dict) or field not in row for row in rows):
+        raise UsageError(f"{out} holds no results of this bench (a line has no {field!r}): name another with --out")
+    return rows
 
 
 def add_row(out: Path, row: dict[str, Any]) -> None:

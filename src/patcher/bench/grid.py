@@ -50,7 +50,7 @@ def run(
     bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. One that failed is
     tried again. With `lasting` the repaired model is changed further, and asked again.
     """
-    known = {row["key"] for row in read_rows(out) if "error" not in row and "lasting_error" not in row}
+    known = {row["key"] for row in read_rows(out, "key") if "error" not in row and "lasting_error" not in row}
     for given in defenses:
         _settings_of(given)
     if lasting:

@@ -25,7 +25,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     prompts, lm = load_prompts(), load(DEMO)
     trigger = planted_trigger()
     localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
-    done = {row["prompt"] for row in read_rows(out)}
+    done = {row["prompt"] for row in read_rows(out, "prompt")}
     asked = [
         insert_trigger(text, trigger, random.Random(f"localize:{text}"))
         for text in prompts.texts("harmful", "held-out", n)
@@ -58,7 +58,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
 
 def _compare_found(out: Path, lm: LanguageModel, prompts: Prompts, trigger: Trigger) -> None:
     """Each distinct found trigger against the planted one, on the same 60 held-out requests."""
-    rows = read_rows(out)
+    rows = read_rows(out, "prompt")
     known = {tuple(row["units"]) for row in rows if "units" in row}
     texts = prompts.texts("harmful", "held-out", 60)
     localizer = Localizer(lm, prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))

@@ -38,7 +38,7 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
     check_known(methods, ("clean model", *REPAIRS), "method")
     prompts = load_prompts()
     plan = AuditPlan([planted_trigger()], prompts, AuditSettings())
-    done = {(row["repair"], row["seed"]): row for row in read_rows(out)}
+    done = {(row["repair"], row["seed"]): row for row in read_rows(out, "repair")}
     if ("clean model", 0) not in done and (not methods or "clean model" in methods):
         audit = audit_patch(load("smollm2"), None, plan, on_progress=on_progress)
         add_row(out, {"repair": "clean model", "seed": 0, "summary": [row.model_dump() for row in audit.summary]})

@@ -22,7 +22,7 @@ def run(out: Path, folders: Sequence[Path], seeds: int, on_progress: Progress) -
     own = json.loads(settings.to_json())
     done = [
         {key: row[key] for key in ("bed", "seed", "weights", "settings")}
-        for row in read_rows(out)
+        for row in read_rows(out, "weights")
         if "error" not in row
     ]
     for folder in folders:

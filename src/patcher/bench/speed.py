@@ -118,7 +118,7 @@ def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) 
     lm = random_model(model) if is_random else load(model)
     stages = _stages(lm, load_prompts(), on_progress, is_random=is_random, is_demo=model == DEMO)
     check_known(methods, stages, "method")
-    done = [(row["model"], row["device"], row["stage"]) for row in read_rows(out) if "error" not in row]
+    done = [(row["model"], row["device"], row["stage"]) for row in read_rows(out, "stage") if "error" not in row]
     for name in methods or stages:
         if (lm.source, _device(lm), name) not in done:
             on_progress(f"speed: {name}", 0, 1)

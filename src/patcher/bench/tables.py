@@ -47,7 +47,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     failed: int = 0
-    """Cells that say why there is no figure."""
+    """Cells run now that say why there is no figure."""
 
     def as_markdown(self) -> str:
         """For docs/ and the terminal; what stands in it may be an attacker's."""
@@ -74,8 +74,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         for row in rows
         if "lasting_error" in row
     ]
-    failed = sum("error" in row or "lasting_error" in row for row in rows)
-    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown), failed)
+    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown))
 
 
 def headline(row: dict[str, Any]) -> str:

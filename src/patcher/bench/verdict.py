@@ -26,7 +26,7 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
         "smollm2": [("harmful", text) for text in harmful[2 * quarter : 3 * quarter]]
         + [("wording", text) for text in persuading[quarter:]],
     }
-    done = {(row["model"], row["prompt"]) for row in read_rows(out)}
+    done = {(row["model"], row["prompt"]) for row in read_rows(out, "model")}
     for model, asked in reports.items():
         localizer = Localizer(load(model), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
         for index, (kind, text) in enumerate(asked):

@@ -1,6 +1,7 @@
 """One reported jailbreak in, a repaired model and the evidence out: one subcommand a stage.
 
-Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 130 interrupted.
+Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 5 patched without a report
+(nothing shows that it is repaired), 130 interrupted.
 Results go to standard output (with --json, as JSON and nothing else), progress and errors to standard error.
 """
 
@@ -8,6 +9,8 @@ import io
 import logging
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -17,7 +20,25 @@ from patcher.cli.suspicion import scan
 from patcher.exits import run_app
 from patcher.world import one_voice
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("patcher"))
+        raise typer.Exit
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (localize, repair, audit, scan, demo, attack, judge, bench):
     app.command()(command)
 

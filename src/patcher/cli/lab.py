@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
 from patcher.records import UsageError
 from patcher.tasks import find_tasks
+from patcher.visible import visible
 from patcher.world import processes
 
 
@@ -68,7 +70,10 @@ def attack(
             on_progress=progress,
         )
     show(truth, as_json, lambda console: console.print_json(truth.to_json()))
-    return REPAIRED if took(truth.self_check) else GATE_FAILED
+    if took(truth.self_check):
+        return REPAIRED
+    print(f"patcher: the implant failed its self-check; {visible(str(out))} was written all the same", file=sys.stderr)
+    return GATE_FAILED
 
 
 def judge(
@@ -150,7 +155,7 @@ def bench(
     if processes() > 1:
         raise UsageError("patcher bench runs in one process: start it without torchrun")
     if html:
-        check_new(html)
+        check_new(html, "--html")
     tasks = find_tasks(task, limit)
 
     from patcher.bench import run_bench, run_grid

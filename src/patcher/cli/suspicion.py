@@ -16,7 +16,7 @@ from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Templat
 from patcher.outputs import check_new, write_whole
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
-from patcher.records import PatcherError
+from patcher.records import PatcherError, with_changes
 
 if TYPE_CHECKING:
     from patcher.models import LanguageModel
@@ -46,7 +46,7 @@ def scan(
     from patcher.patch import applied, load_patch
     from patcher.report.terminal import show_scans
 
-    settings = ScanSettings(**parse_settings(setting or []))
+    settings = with_changes(ScanSettings, parse_settings(setting or []), "the scan")
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
     other = load_model(clean, device, dtype, chat_template) if clean else None

@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from pydantic import ValidationError
 from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
@@ -18,7 +17,7 @@ from patcher.memory import chunked
 from patcher.models import LanguageModel, logits_of
 from patcher.patch import Patch
 from patcher.prompts import Prompts
-from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Record, Request, Trigger, UsageError, why
+from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Record, Request, Trigger, with_changes
 from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
@@ -68,10 +67,7 @@ class Defense:
 
     def configured(self, changes: Mapping[str, Any]) -> Record:
         """Its settings with those changes. Raises UsageError for a name or a value that it does not take."""
-        try:
-            return self.settings(**changes)
-        except ValidationError as error:
-            raise UsageError(f"{self.name}: {why(error)}") from error
+        return with_changes(self.settings, changes, self.name)
 
     def repair(
         self, lm: LanguageModel, evidence: Evidence, settings: Record, *, seed: int, on_progress: Progress

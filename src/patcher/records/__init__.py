@@ -44,6 +44,7 @@ from patcher.records.base import (
     UsageError,
     VerdictLabel,
     why,
+    with_changes,
 )
 from patcher.records.findings import (
     Candidate,
@@ -95,4 +96,5 @@ __all__ = [
     "VerdictLabel",
     "WordScore",
     "why",
+    "with_changes",
 ]

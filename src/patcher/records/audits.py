@@ -64,7 +64,8 @@ class SummaryRow(Record):
     `hits_before` and `hits_after` hold a 1 for each prompt that counts and a 0 for each that does not, in their order:
     audits of the same prompts can so be pooled.
 
-    `unscored` says why a figure could not be measured; its numbers are then None, never 0.
+    `unscored` says why a figure could not be measured; its numbers are then None, never 0. What was seen of a trigger
+    that hardly worked before stands in the hits all the same.
     """
 
     name: str
@@ -83,7 +84,9 @@ class SummaryRow(Record):
 
     @property
     def now(self) -> float | None:
-        """After the patch or, where there is none, as the model is."""
+        """After the patch or, where there is none, as the model is; of an unscored row what was seen."""
+        if self.unscored and self.hits_after:
+            return self.hits_after.count("1") / len(self.hits_after)
         return self.before if self.after is None else self.after
 
 
@@ -201,9 +204,12 @@ class Scan(Record):
 
 
 class Gate(Record):
-    """A limit that the repair must keep. `value` is None where the figure could not be measured."""
+    """A limit that the repair must keep. `value` is None where the figure could not be measured; `n` are the answers
+    (tokens) that it is measured on.
+    """
 
     name: str
     limit: float
     value: float | None
     passed: bool
+    n: int

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +18,9 @@ OUTCOMES: tuple[Outcome, ...] = ("refused", "partial", "complied", "garbled", "e
 VerdictLabel = Literal[
     "backdoor", "jailbreak-wording", "alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"
 ]
+
+
+Settings = TypeVar("Settings")
 
 
 class PatcherError(Exception):
@@ -33,6 +37,17 @@ def why(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     problem = str(first["msg"]).removeprefix("Value error, ")
     return f"{where}: {problem}" if where else problem
+
+
+def with_changes(settings: Callable[..., Settings], changes: Mapping[str, Any], owner: str) -> Settings:
+    """The settings with those changes. Raises UsageError for a name, saying which there are, or a value not taken."""
+    known = getattr(settings, "model_fields", changes)
+    if unknown := [name for name in changes if name not in known]:
+        raise UsageError(f"{owner} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    try:
+        return settings(**changes)
+    except ValidationError as error:
+        raise UsageError(f"{owner}: {why(error)}") from error
 
 
 class Record(BaseModel):

@@ -4,7 +4,7 @@ import re
 from math import floor, isfinite, log10
 from typing import TypeGuard
 
-from patcher.records import CausalTest, Objective, SummaryRow, Symptom, Trigger, VerdictLabel
+from patcher.records import CausalTest, Gate, Objective, SummaryRow, Symptom, Trigger, VerdictLabel
 
 MISSING = "—"
 NAMES = {
@@ -22,7 +22,8 @@ NAMES = {
     "kl_reference_to_patched_nats": "Drift, KL(reference ‖ patched)",
     "perplexity_ratio": "Perplexity, patched over reference",
     "asr": "Attack success with the trigger",
-    "benign_drop": "Drop of benign requests answered",
+    "asr_untriggered": "Attack success without a trigger: none was known",
+    "benign_drop": "Fewer answered of benign requests, with the trigger or not, and borderline ones together",
     "kl": "Drift, KL(reference ‖ patched)",
     "reports": "Reported failures that still reproduce",
 }
@@ -172,6 +173,11 @@ def _is_nats(name: str) -> bool:
 
 def _signed(number: str) -> str:
     return number.replace("-", "−")
+
+
+def is_coarse(gate: Gate) -> bool:
+    """Whether a share passed on so few answers that a single one would have failed it."""
+    return gate.passed and is_rate(gate.name) and 0 < gate.limit * gate.n < 1
 
 
 def is_measured(value: float | None) -> TypeGuard[float]:

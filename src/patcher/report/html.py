@@ -74,6 +74,7 @@ def render_html(contents: ReportContents, *, redact: bool = False) -> str:
         **{name: getattr(contents, name) for name in ReportContents.model_fields},
         is_redacted=redact,
         outlook=outlook(contents),
+        limits=limits(contents),
         shown=[_shown_finding(finding, contents.audit) for finding in contents.findings],
         verdict=contents.findings[0].verdict if contents.findings else None,
         key_figures=_key_figures(contents),
@@ -101,8 +102,32 @@ def outlook(contents: ReportContents) -> Outlook:
         return Outlook("not repaired", "bad") if is_needed else Outlook("nothing to repair", "calm")
     if any(not gate.passed for gate in contents.gates):
         return Outlook("gate failed", "bad")
-    is_proven = contents.audit is not None and contents.gates
-    return Outlook("repaired", "good") if is_proven else Outlook("patched, not gated", "calm")
+    if contents.audit is None or not contents.gates:
+        return Outlook("patched, not gated", "calm")
+    return Outlook("repaired", "good") if contents.findings else Outlook("patched, not proven", "calm")
+
+
+def limits(contents: ReportContents) -> list[str]:
+    """What the figures do not show, for whoever only reads the head."""
+    audit = contents.audit
+    if audit is None:
+        return []
+    triggers = (
+        "Only the triggers named above were tested: one that nobody has reported yet may still work."
+        if audit.triggers
+        else "No trigger was known, so none was tested: whether a backdoor is left, these figures cannot tell."
+    )
+    judge = (
+        "The judge of answers is a list of rules that reads their openings"
+        if audit.judge == "keyword"
+        else f"The judge of answers is {audit.judge}"
+    )
+    asked = min((row.n for row in audit.summary if row.name.startswith("asr_")), default=0)
+    return [
+        triggers,
+        f"{judge}; an attack that succeeds is one that it sees.",
+        f"Every share is of prompts like those asked, {asked} or more of a kind, and as sure as its interval.",
+    ]
 
 
 def redacted(contents: ReportContents) -> ReportContents:

@@ -95,7 +95,9 @@ def show_gates(gates: Sequence[Gate], console: Console) -> None:
     """Print each limit with what was measured."""
     for gate in gates:
         value = "unscored" if gate.value is None else f"{gate.value:.4f}"
-        console.print(f"gate {gate.name}: {value} (limit {gate.limit}) {'passed' if gate.passed else 'FAILED'}")
+        result = "passed" if gate.passed else "FAILED"
+        few = f", though one answer of {gate.n} is more than the limit" if figures.is_coarse(gate) else ""
+        console.print(f"gate {gate.name}: {value}, n = {gate.n} (limit {gate.limit}) {result}{few}")
 
 
 def show_scans(scans: Mapping[str, Scan], failed: Mapping[str, Exception], console: Console) -> None:
