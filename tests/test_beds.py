@@ -159,6 +159,12 @@ def test_a_file_of_something_else_is_no_bench(tmp_path: Path, text: str) -> None
         read_rows(out, "a")
 
 
+def test_a_setting_may_be_a_list() -> None:
+    assert grid._overrides("rank=2,soft_tokens=[1, 2],soft_rate=0.5") == {
+        "rank": 2, "soft_tokens": [1, 2], "soft_rate": 0.5,
+    }  # fmt: skip
+
+
 def test_nothing_to_do_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to do"):
         run_grid(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -198,7 +199,8 @@ def _settings_of(given: str) -> Record:
 
 
 def _overrides(sets: str) -> dict[str, Any]:
-    return parse_settings(sets.split(",") if sets else [])
+    """Cut at commas, but not within a list."""
+    return parse_settings(re.split(r",(?![^\[]*\])", sets) if sets else [])
 
 
 def _made(lm: LanguageModel, bed: Bed, told: Sequence[FailureReport], made: Repair) -> dict[str, Any]:
