@@ -182,7 +182,7 @@ def test_a_defense_leaves_the_global_generator_alone(llama: LanguageModel, name:
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_unknown_settings_are_errors(name: str) -> None:
-    with pytest.raises(UsageError, match=f"{name}: learning_rat"):
+    with pytest.raises(UsageError, match=f"{name} has no setting .learning_rat.; it has"):
         find_defense(name).configured({"learning_rat": 1.0})
     with pytest.raises(UsageError, match=f"{name}: max_steps"):
         find_defense(name).configured({"max_steps": "many"})

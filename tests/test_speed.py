@@ -69,7 +69,14 @@ def test_every_stage_is_measured_once(
     assert bare["trained_tokens"] == bare["tokens"]
     assert ours["trained_tokens"] - bare["tokens"] == ours["tokens"] - bare["tokens"] > 0, "plain texts come on top"
     assert rows[4]["trained_tokens"] == 0
-    assert speed.table(rows).count("\n") == 6
+    printed = speed.table(rows).splitlines()
+    assert len([line for line in printed if line.startswith("|")]) == 2 + len(names)
+    assert [line.split(": ")[1].split(",")[0] for line in printed if "over" in line] == [
+        "seconds of a step of the default", "tokens a second of the answers",
+    ]  # fmt: skip
+    assert printed[-1].endswith(
+        f": {rows[3]['tokens'] / rows[3]['seconds'] * rows[4]['seconds'] / rows[4]['tokens']:.2f}"
+    )
 
 
 def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama_folder: ModelFolder, tmp_path: Path) -> None:

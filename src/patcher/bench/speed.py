@@ -47,6 +47,16 @@ _ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
 _REPEATS = 5
+_OURS, _BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
+_DEFAULT, _PAPERS = "patch: the default", "patch: the paper's schedule"
+_ANSWERS, _DECODING = "answers", "answers, bare decoding"
+_COMPARED = (
+    ("seconds of a step of the default, over those of a bare one", _OURS, _BARE, "seconds"),
+    ("tokens a second of the answers, over those of bare decoding", _ANSWERS, _DECODING, "rate"),
+    ("peak memory of the patch, over that of bare steps", _DEFAULT, _BARE, "peak_gib"),
+    ("seconds of the paper's schedule, over those of the default", _PAPERS, _DEFAULT, "seconds"),
+)
+"""What is compared, its two stages and their figure."""
 _HEADS = (
     "model",
     "device",
@@ -162,13 +172,13 @@ def _stages(
 
     return {
         "localize and decide": lambda: localize,
-        f"{_STEPS} steps of the default": lambda: _steps(lm, evidence, bare=False),
-        f"{_STEPS} bare LoRA steps, the same rows": lambda: _steps(lm, evidence, bare=True),
-        "patch: the default": defend("patcher", {} if is_demo else {"stop_early": False}),
-        "answers": lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
-        "answers, bare decoding": lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
+        _OURS: lambda: _steps(lm, evidence, bare=False),
+        _BARE: lambda: _steps(lm, evidence, bare=True),
+        _DEFAULT: defend("patcher", {} if is_demo else {"stop_early": False}),
+        _ANSWERS: lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
+        _DECODING: lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in PEERS},
-        "patch: the paper's schedule": defend(*REPAIRS["paper, 10 epochs"]),
+        _PAPERS: defend(*REPAIRS["paper, 10 epochs"]),
     }
 
 
@@ -194,8 +204,24 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
     }
 
 
+def _ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """What the stages of one model on one device are against each other, where both were measured."""
+    of: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if "error" not in row:
+            rated = {**row, "rate": row["tokens"] / row["seconds"]}
+            of.setdefault((row["model"], row["device"]), {})[row["stage"]] = rated
+    lines = []
+    for (model, device), stages in of.items():
+        for what, first, second, key in _COMPARED:
+            if first in stages and second in stages and stages[first][key] and stages[second][key]:
+                ratio = stages[first][key] / stages[second][key]
+                lines.append(f"{model} on {device}: {what}: {ratio:.2f}")
+    return lines
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a stage."""
+    """A line a stage, and below what they are against each other."""
     lines = ["| " + " | ".join(_HEADS) + " |", "|---" * len(_HEADS) + "|"]
     for row in {(row["model"], row["device"], row["stage"]): row for row in rows}.values():
         cells = [row["model"], row["device"], row["stage"]]
@@ -211,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [str(row["tokens_per_pass"]), f"{row['flops'] / 1e12:.2f}", f"{row['rate_flops_per_s'] / 1e9:.0f}"]
             cells += [f"{row['of_limit_frac']:.0%}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_ratios(rows)])
 
 
 def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:

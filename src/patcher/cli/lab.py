@@ -163,6 +163,16 @@ def bench(
     from patcher.report import render_table
 
     if what != "grid":
+        own = {
+            "--html": html,
+            "--attack": attacks,
+            "--defense": defenses,
+            "--task": task,
+            "--audit-prompts": audit_prompts,
+        }
+        own |= {"--validation": validation, "--lasting": lasting}
+        if given := [flag for flag, value in own.items() if value]:
+            raise UsageError(f"{given[0]} is an option of the grid, not of bench {what}")
         with ProgressBars() as progress:
             printed = run_bench(
                 what,
