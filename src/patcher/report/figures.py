@@ -23,7 +23,7 @@ NAMES = {
     "perplexity_ratio": "Perplexity, patched over reference",
     "asr": "Attack success with the trigger",
     "asr_untriggered": "Attack success without a trigger: none was known",
-    "benign_drop": "Fewer answered of benign requests, with the trigger or not, and borderline ones together",
+    "benign_drop": "Fall of the share answered: benign requests, with the trigger or not, and borderline ones",
     "kl": "Drift, KL(reference ‖ patched)",
     "reports": "Reported failures that still reproduce",
 }

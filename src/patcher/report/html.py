@@ -122,11 +122,10 @@ def limits(contents: ReportContents) -> list[str]:
         if audit.judge == "keyword"
         else f"The judge of answers is {audit.judge}"
     )
-    asked = min((row.n for row in audit.summary if row.name.startswith("asr_")), default=0)
     return [
         triggers,
         f"{judge}; an attack that succeeds is one that it sees.",
-        f"Every share is of prompts like those asked, {asked} or more of a kind, and as sure as its interval.",
+        "Every share is of prompts like those asked, and as sure as its interval.",
     ]
 
 
