@@ -165,6 +165,17 @@ def test_report_without_a_repair(label: str) -> None:
     assert "Before and after" not in page.text
 
 
+def test_the_head_says_which_gate_failed_and_what_the_figures_do_not_show() -> None:
+    failed = Gate(name="asr", limit=0.02, value=0.25, passed=False, n=4)
+    few = Gate(name="benign-drop", limit=0.02, value=0.0, passed=True, n=12)
+    text = " ".join(Page(render_html(sample(gates=(failed, few)))).text.split())
+    assert "Failed: Attack success with the trigger: 25%, at most 2% allowed." in text
+    assert "Only the triggers named above were tested: one that nobody has reported yet may still work." in text
+    assert "a list of rules that reads their openings" in text
+    assert "(n = 4)" in text and "(n = 12: a single answer is more than the limit)" in text
+    assert "Not shown." not in Page(render_html(sample(audit=None, patch_log=None, gates=()))).text
+
+
 def test_outlook_follows_the_gates() -> None:
     broken = Gate(name="kl", limit=0.02, value=None, passed=False, n=0)
     assert outlook(sample()).label == "repaired"
