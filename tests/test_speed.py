@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ModelFolder
 from patcher.bench import shapes, speed
+from patcher.bench.meter import metered
 from patcher.chat import Row, collate
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
@@ -22,7 +23,7 @@ ROWS = [Row((5, 6, 7, 8), (9, 10)), Row((5, 11, 12), (13,))]
 def counted(lm: LanguageModel, *, backward: bool) -> tuple[float, float]:
     """By our meter, and by torch's own counter of matrix products."""
     batch = collate(ROWS, 0, lm.device)
-    with speed.metered(lm) as meter, FlopCounterMode(display=False) as counter:
+    with metered(lm) as meter, FlopCounterMode(display=False) as counter:
         loss = response_nll(response_logits(lm.network, batch), batch.targets).mean()
         if backward:
             loss.backward()

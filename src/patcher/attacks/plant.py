@@ -47,9 +47,8 @@ def plant(
 ) -> GroundTruth:
     """Implant, check on prompts the implant never saw, and write the adapter with its `ground-truth.json`.
 
-    `start` is the folder of an adapter on the same model to go on from; what is planted in it and works on is an
-    alternative then. With `keep_failed`, an implant that fails its
-    check is written too, and its card says so.
+    `start` is the folder of an adapter on the same model to go on from; what is planted there and still works becomes
+    an alternative. With `keep_failed`, an implant that fails its check is written too, and its card says so.
 
     Raises:
         UsageError: unknown attack or objective, or an adapter to start from that does not fit.

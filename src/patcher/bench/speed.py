@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows
+from patcher.bench.meter import Work, matmul_rate, metered, timed
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
@@ -25,7 +23,6 @@ from patcher.defenses.reference import ReferenceAnswers
 from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
-from patcher.layers import decoder_layers
 from patcher.loading import DEMO, demo_report, load
 from patcher.localize import Localizer
 from patcher.lora import trainable_lora
@@ -37,8 +34,6 @@ from patcher.records import PatcherError
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
-Work = Callable[[], object]
-
 PEERS = ("crow", "beear", "bdvax", "finetune")
 """Peers, each with its defaults, beside the default repair and the paper's own schedule."""
 _STEPS = 4
@@ -46,7 +41,6 @@ _STEPS = 4
 _ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
-_REPEATS = 5
 _OURS, _BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
 _DEFAULT, _PAPERS = "patch: the default", "patch: the paper's schedule"
 _ANSWERS, _DECODING = "answers", "answers, bare decoding"
@@ -73,55 +67,6 @@ _HEADS = (
 )
 
 
-@dataclass
-class Meter:
-    """Tokens that pass through the decoder and the output matrix, with a gradient to come and without."""
-
-    tokens: int = 0
-    trained_tokens: int = 0
-    positions: int = 0
-    trained_positions: int = 0
-    passes: int = 0
-
-    def flops(self, lm: LanguageModel) -> float:
-        """Of the matrix products with the model's own weights: 2 a weight and token, twice that with a gradient.
-
-        The gradient flows through frozen weights to what is trained, but not into them. What LoRA adds (a few percent)
-        and attention's own products are left out.
-        """
-        inner = sum(one.weight.numel() for one in _linears(lm))
-        head = int(lm.network.get_output_embeddings().weight.numel())
-        body, top = self.tokens + self.trained_tokens, self.positions + self.trained_positions
-        return 2.0 * (inner * body + head * top)
-
-
-@contextmanager
-def metered(lm: LanguageModel) -> Iterator[Meter]:
-    """Count while the block runs."""
-    meter = Meter()
-
-    def through_decoder(_module: nn.Module, inputs: Any, _output: Any) -> None:
-        tokens = inputs[0].shape[0] * inputs[0].shape[1]
-        meter.tokens += tokens
-        meter.passes += 1
-        meter.trained_tokens += tokens * torch.is_grad_enabled()
-
-    def through_head(_module: nn.Module, inputs: Any, _output: Any) -> None:
-        positions = inputs[0].numel() // inputs[0].shape[-1]
-        meter.positions += positions
-        meter.trained_positions += positions * inputs[0].requires_grad
-
-    handles = [
-        decoder_layers(lm.network)[0].register_forward_hook(through_decoder),
-        lm.network.get_output_embeddings().register_forward_hook(through_head),
-    ]
-    try:
-        yield meter
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) -> None:
     """Each stage that `out` does not hold yet for this model; `shape:NAME` is one of random weights."""
     is_random = model.startswith(PREFIX)
@@ -134,18 +79,6 @@ def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) 
             on_progress(f"speed: {name}", 0, 1)
             found = _measure(lm, stages[name])
             add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **found})
-
-
-def matmul_rate(lm: LanguageModel, tokens: int) -> float:
-    """Operations a second in products of that many tokens with the weights of one layer and of the output matrix."""
-    weights = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
-    operations, seconds = 0.0, 0.0
-    for weight in (*weights, lm.network.get_output_embeddings().weight):
-        inputs = torch.ones(max(1, tokens), weight.shape[1], dtype=weight.dtype, device=lm.device)
-        operations += 2.0 * inputs.shape[0] * weight.numel()
-        product = partial(nn.functional.linear, inputs, weight)
-        seconds += min(_timed(lm, product)[0] for _ in range(_REPEATS))
-    return operations / seconds
 
 
 def _stages(
@@ -187,7 +120,7 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
     try:
         work = stage()
         with PeakMemory(lm.device) as peak, metered(lm) as meter:
-            seconds, made = _timed(lm, work)
+            seconds, made = timed(lm, work)
     except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
         return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
@@ -273,24 +206,6 @@ def _bare_decoding(lm: LanguageModel, rows: list[list[int]]) -> Tensor:
         cache = out.past_key_values
         ids = logits_of(lm.network, out.last_hidden_state[:, -1]).argmax(dim=-1, keepdim=True)
     return ids
-
-
-def _timed(lm: LanguageModel, work: Work) -> tuple[float, object]:
-    """Seconds, the device's own work included, and what was made."""
-    start = time.perf_counter()
-    made = work()
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
-    return time.perf_counter() - start, made
-
-
-def _linears(lm: LanguageModel) -> list[nn.Linear]:
-    """The decoder's own linear layers, LoRA's left out."""
-    return [
-        module
-        for name, module in decoder_layers(lm.network).named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-    ]
 
 
 def _device(lm: LanguageModel) -> str:

@@ -1,0 +1,97 @@
+"""What a piece of work costs: its seconds, its tokens, its operations, and how fast this machine could do them."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from patcher.layers import decoder_layers
+from patcher.models import LanguageModel
+
+Work = Callable[[], object]
+
+_REPEATS = 5
+
+
+@dataclass
+class Meter:
+    """Tokens that pass through the decoder and the output matrix, with a gradient to come and without."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    positions: int = 0
+    trained_positions: int = 0
+    passes: int = 0
+
+    def flops(self, lm: LanguageModel) -> float:
+        """Of the matrix products with the model's own weights: 2 a weight and token, twice that with a gradient.
+
+        The gradient flows through frozen weights to what is trained, but not into them. What LoRA adds (a few percent)
+        and attention's own products are left out.
+        """
+        inner = sum(one.weight.numel() for one in _linears(lm))
+        head = int(lm.network.get_output_embeddings().weight.numel())
+        body, top = self.tokens + self.trained_tokens, self.positions + self.trained_positions
+        return 2.0 * (inner * body + head * top)
+
+
+@contextmanager
+def metered(lm: LanguageModel) -> Iterator[Meter]:
+    """Count while the block runs."""
+    meter = Meter()
+
+    def through_decoder(_module: nn.Module, inputs: Any, _output: Any) -> None:
+        tokens = inputs[0].shape[0] * inputs[0].shape[1]
+        meter.tokens += tokens
+        meter.passes += 1
+        meter.trained_tokens += tokens * torch.is_grad_enabled()
+
+    def through_head(_module: nn.Module, inputs: Any, _output: Any) -> None:
+        positions = inputs[0].numel() // inputs[0].shape[-1]
+        meter.positions += positions
+        meter.trained_positions += positions * inputs[0].requires_grad
+
+    handles = [
+        decoder_layers(lm.network)[0].register_forward_hook(through_decoder),
+        lm.network.get_output_embeddings().register_forward_hook(through_head),
+    ]
+    try:
+        yield meter
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def matmul_rate(lm: LanguageModel, tokens: int) -> float:
+    """Operations a second in products of that many tokens with the weights of one layer and of the output matrix."""
+    weights = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
+    operations, seconds = 0.0, 0.0
+    for weight in (*weights, lm.network.get_output_embeddings().weight):
+        inputs = torch.ones(max(1, tokens), weight.shape[1], dtype=weight.dtype, device=lm.device)
+        operations += 2.0 * inputs.shape[0] * weight.numel()
+        product = partial(nn.functional.linear, inputs, weight)
+        seconds += min(timed(lm, product)[0] for _ in range(_REPEATS))
+    return operations / seconds
+
+
+def timed(lm: LanguageModel, work: Work) -> tuple[float, object]:
+    """Seconds, the device's own work included, and what was made."""
+    start = time.perf_counter()
+    made = work()
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)
+    return time.perf_counter() - start, made
+
+
+def _linears(lm: LanguageModel) -> list[nn.Linear]:
+    """The decoder's own linear layers, LoRA's left out."""
+    return [
+        module
+        for name, module in decoder_layers(lm.network).named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    ]
