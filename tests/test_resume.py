@@ -13,6 +13,7 @@ from conftest import ModelFolder
 from patcher.cli import run
 from patcher.journal import Journal, resumed
 from patcher.outputs import write_whole
+from patcher.pipeline import Clock
 from patcher.records import PatcherError, UsageError
 from tiny_backdoor import TRIGGERED
 
@@ -107,6 +108,18 @@ def test_what_may_not_fail_again_goes_on_from_what_was_finished(tmp_path: Path) 
         raise PatcherError("the server is down")
     with resumed(tmp_path / "out", "work", quiet) as journal:
         assert journal.values("piece", lambda: [2]) == [1]
+
+
+def test_a_stage_takes_what_it_took_in_all_runs(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet) as journal:
+        with Clock(journal, journal.seconds()).timed("patch"):
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    with resumed(tmp_path / "out", "work", quiet) as journal:
+        clock = Clock(journal, journal.seconds())
+        with clock.timed("patch"):
+            time.sleep(0.05)
+    assert clock.seconds["patch"] >= 0.1
 
 
 def test_a_piece_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from patcher.records import PatcherError, UsageError
 from patcher.world import processes
 
 Piece = TypeVar("Piece")
-_WORK = "work.txt"
+_WORK, _SECONDS = "work.txt", "seconds.json"
 
 
 class Journal:
@@ -40,6 +40,17 @@ class Journal:
         with whole(path) as part:
             save(piece, part)
         return piece
+
+    def seconds(self) -> dict[str, float]:
+        """What each stage has taken so far, earlier runs included."""
+        path = self._folder / _SECONDS if self._folder else None
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path and path.exists() else {}
+
+    def keep_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Note what each stage has taken."""
+        if self._folder:
+            with whole(self._folder / _SECONDS) as part:
+                part.write_text(json.dumps(seconds), encoding="utf-8")
 
     def values(self, name: str, make: Callable[[], list[Piece]]) -> list[Piece]:
         """The same for a list that JSON can hold."""

@@ -57,7 +57,7 @@ def repair(
     if made.patch is None:
         return made
     detector = _detector(lm, reports, settings)
-    clock = Clock(made.seconds)
+    clock = Clock(journal, made.seconds)
     with clock.timed("audit"):
         plan = AuditPlan(
             made.triggers,
@@ -90,7 +90,7 @@ def mend(
         UsageError: unknown defense or settings, or no report where the defense needs one.
         PatcherError: the repair could not be made.
     """
-    defense, clock = _find_defense(settings, reports), Clock()
+    defense, clock = _find_defense(settings, reports), Clock(journal, journal.seconds())
     own = defense.configured(settings.overrides)
     detector = _detector(lm, reports, settings)
 
@@ -217,10 +217,12 @@ def _read_patch(folder: Path) -> tuple[Patch, PatchLog]:
 
 
 class Clock:
-    """Seconds of each stage; kept out of the manifest so that the same run gives the same bytes."""
+    """Seconds of each stage; kept out of the manifest so that the same run gives the same bytes. The journal keeps them
+    for a run that goes on later.
+    """
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or {})
+    def __init__(self, journal: Journal, seconds: Mapping[str, float]) -> None:
+        self.journal, self.seconds = journal, dict(seconds)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -230,3 +232,4 @@ class Clock:
             yield
         finally:
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
+            self.journal.keep_seconds(self.seconds)
