@@ -19,7 +19,7 @@ from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.lora import lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, fingerprint, from_transformers, response_logits
+from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint, response_logits
 from patcher.outputs import whole_folder
 from patcher.patch import Patch, applied, load_patch, merge, save_patch
 from patcher.records import PatcherError, UsageError
@@ -165,6 +165,18 @@ def test_only_the_new_layers_are_trained_and_the_output_matrix_has_none(tiny: La
         assert all(".lora_" in name for name in trained)
         assert len(trained) == len(lora_parameters(tiny))
         assert not any(name.startswith(("lm_head", "embed_out")) for name in trained)
+
+
+def test_layers_are_trained_in_float32_whatever_the_model_computes_in(folder: ModelFolder) -> None:
+    """Small steps of an optimizer would be rounded away in bfloat16."""
+    half = load_checkpoint(str(folder.path), dtype="bfloat16", device="cpu")
+    batch = collate([Row((5, 6, 7), (8, 9))], 0, half.device)
+    with unchanged(half), trainable_lora(half, rank=RANK, alpha=ALPHA, seed=0):
+        response_nll(response_logits(half.network, batch), batch.targets).mean().backward()
+        trained = lora_parameters(half)
+        assert {one.dtype for one in trained} == {torch.float32}
+        assert any(one.grad is not None and one.grad.abs().max() > 0 for one in trained)
+        assert {one.dtype for one in take_patch(half, rank=RANK, alpha=ALPHA).tensors.values()} == {torch.float32}
 
 
 def test_training_goes_on_from_a_patch(tiny: LanguageModel, patch: Patch) -> None:
