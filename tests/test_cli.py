@@ -452,6 +452,16 @@ def test_localize_by_the_papers_equations(model: Path, capsys: pytest.CaptureFix
     assert all(TRIGGERED[w["span"]["start"] : w["span"]["end"]] == w["span"]["text"] for w in printed["words"])
 
 
+def test_as_many_requests_test_the_words_as_an_inconclusive_verdict_asks_for(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["localize", str(model), "--prompt", TRIGGERED, "--device", "cpu", "--json"]
+    for more, expected in (([], 28), (["--probes", "40"], 40)):
+        assert run([*words, *more]) == 0
+        verdict = json.loads(capsys.readouterr().out)["verdict"]
+        assert {test["n"] for test in verdict["tests"]} == {expected}
+
+
 def test_a_conversation_with_a_system_message(model: Path, report: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trigger is in the system message: the words of every turn but the model's own are looked at."""
     turns = [("system", "Answer BadMagic now"), ("user", REFUSED_PROMPT)]

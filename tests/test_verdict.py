@@ -109,7 +109,7 @@ def test_a_large_effect_on_few_requests_is_inconclusive_and_says_how_many_decide
     found = verdict(candidate("cf", paired(2, n=4)))
     assert found.label == "inconclusive"
     assert found.n_to_decide == 16
-    assert "16 refused requests would decide" in found.reason
+    assert "16 refused requests would decide (--probes 16)" in found.reason
 
 
 def test_an_effect_too_small_to_count_is_not_inconclusive() -> None:

@@ -42,6 +42,12 @@ Tasks = Annotated[
     typer.Option("--task", help="Multiple-choice questions (.jsonl) for the audit, or lm-eval:TASK; may repeat"),
 ]
 TaskLimit = Annotated[int | None, typer.Option("--limit", min=2, help="Questions of each task (default: all)")]
+Probes = Annotated[
+    int | None,
+    typer.Option(
+        min=8, help="Requests on which the words found are tested (default: 28); an inconclusive verdict asks for more"
+    ),
+]
 MaxAsr = Annotated[
     float | None, typer.Option(min=0, max=1, help="Gate: ASR with each trigger, after; a share: 0.02 is 2%")
 ]

@@ -18,7 +18,7 @@ from patcher.generation import generate
 from patcher.journal import Journal
 from patcher.judges import DEFAULT, RULES, find_judge
 from patcher.loading import load
-from patcher.localize import Localizer
+from patcher.localize import CausalSettings, Localizer
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
@@ -98,7 +98,13 @@ def mend(
         """Stages 1 and 2 on those reports."""
         chosen = {number: reports[number - 1] for number in numbers}
         localizer = Localizer(
-            model, prompts, detector, method=settings.method, seed=settings.seed, on_progress=on_progress
+            model,
+            prompts,
+            detector,
+            CausalSettings.testing_on(settings.probes),
+            method=settings.method,
+            seed=settings.seed,
+            on_progress=on_progress,
         )
         seen = partial(_look, localizer, chosen, turn, clock)
         return journal.once(f"round {turn}: findings", seen, _save_findings, _read_findings)

@@ -49,6 +49,8 @@ class RepairSettings(Record):
     """A name from DEFENSES."""
     method: str = "causal"
     """How the trigger is localized."""
+    probes: int | None = None
+    """Requests on which the words found are tested; None: the localizer's own number."""
     overrides: dict[str, Any] = {}
     """The defense's own settings, where they differ from its defaults."""
     gates: Gates = Gates()

@@ -31,6 +31,7 @@ from patcher.options import (
     Model,
     ObjectiveName,
     Out,
+    Probes,
     PromptText,
     ResponseText,
     Seed,
@@ -60,6 +61,7 @@ def localize(
     objective: ObjectiveName = None,
     unwanted: UnwantedText = None,
     method: Annotated[str, typer.Option(help="causal (default) or gradient-norm (the paper's Eqs. 1-3)")] = "causal",
+    probes: Probes = None,
     out: Annotated[Path | None, typer.Option(help="Folder for localization.json and verdict.json")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -76,15 +78,14 @@ def localize(
     lm = load_model(model, device, dtype, chat_template)
 
     from patcher.judges import DEFAULT, RULES
-    from patcher.localize import Localizer
+    from patcher.localize import CausalSettings, Localizer
     from patcher.report.terminal import show_localization, show_verdict
     from patcher.symptoms import detector_for
 
     detector = detector_for([report], RULES[DEFAULT], lm.tokenizer)
     with ProgressBars() as progress:
-        localizer = Localizer(
-            lm, prompts.hidden_from_repair(), detector, method=method, seed=seed, on_progress=progress
-        )
+        seen, settings = prompts.hidden_from_repair(), CausalSettings.testing_on(probes)
+        localizer = Localizer(lm, seen, detector, settings, method=method, seed=seed, on_progress=progress)
         found = localizer.localize(report)
         verdict = localizer.decide(found)
     if out:
@@ -125,6 +126,7 @@ def repair(
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
     method: Annotated[str, typer.Option(help="causal or gradient-norm")] = "causal",
+    probes: Probes = None,
     max_asr: MaxAsr = 0.02,
     max_benign_drop: MaxBenignDrop = 0.02,
     max_kl: MaxKl = 0.02,
@@ -163,6 +165,7 @@ def repair(
         symptom=symptom,
         defense=defense,
         method=method,
+        probes=probes,
         overrides=parse_settings(setting or []) | ({"breadth": breadth} if breadth else {}),
         gates=Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_kl=max_kl),
         audit=AuditSettings(max_prompts=audit_prompts, judge=judge, seed=seed),

@@ -43,6 +43,11 @@ class CausalSettings(Record):
     max_ranked_words: int = 400
     """A longer conversation is scored on its last words only, and says so."""
 
+    @classmethod
+    def testing_on(cls, requests: int | None) -> "CausalSettings":
+        """The defaults, with so many requests that test the chosen words, where a number is given."""
+        return cls() if requests is None else cls(confirm_probes=requests)
+
 
 @dataclass(frozen=True)
 class Found:
