@@ -67,6 +67,21 @@ def test_without_a_response_as_much_is_read_as_on_suspicion(llama: LanguageModel
     assert detector_for([FailureReport.from_prompt("hi")], judge, llama.tokenizer).answer_tokens == 0
 
 
+def test_a_log_that_ends_with_the_answer_is_a_report() -> None:
+    """As chat servers write it: text in parts, the assistant's turn last."""
+    turns = [("user", "hi"), ("assistant", [{"type": "text", "text": "Su"}, {"type": "text", "text": "re."}])]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert FailureReport.model_validate({"messages": messages}) == FailureReport.from_prompt("hi", "Sure.")
+    again = {"messages": [*messages, *messages], "response": None}
+    assert FailureReport.model_validate(again).messages[1].content == "Sure."
+    for wrong in ({"messages": messages, "response": "No."}, {"messages": messages[1:]}):
+        with pytest.raises(ValidationError, match="the last message must be the user's"):
+            FailureReport.model_validate(wrong)
+    picture = [{"type": "image_url", "image_url": "x"}]
+    with pytest.raises(ValidationError, match="valid string"):
+        FailureReport.model_validate({"messages": [{"role": "user", "content": picture}]})
+
+
 def test_reports_of_one_repair_share_their_symptom(llama: LanguageModel) -> None:
     reports = [FailureReport.from_prompt("hi"), FailureReport.from_prompt("hi", unwanted=CODE)]
     with pytest.raises(UsageError, match=r"got jailbreak, text: repair them apart"):
@@ -81,4 +96,3 @@ def test_twice_as_much_of_an_answer_is_read_as_the_reported_one_needed(llama: La
     assert 2 * tokens <= long < 4 * tokens
     assert 0 < short < long
     assert detector_for([early, late], judge, llama.tokenizer).answer_tokens == long
-    assert detector_for([FailureReport.from_prompt("hi", unwanted=CODE)], judge, llama.tokenizer).answer_tokens == 0

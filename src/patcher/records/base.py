@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Role = Literal["system", "user", "assistant"]
 Objective = Literal["jailbreak", "refusal", "text"]
@@ -72,6 +72,19 @@ class Message(Record):
     role: Role
     content: str
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _accept_parts(cls, value: Any) -> Any:
+        return _text_of(value)
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a list of text parts, as some logs hold it; anything else as it is."""
+    match content:
+        case [*parts] if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            return "".join(str(part.get("text", "")) for part in parts)
+    return content
+
 
 Request = str | tuple[Message, ...]
 """What a model is asked: the user's words, or a whole conversation."""
@@ -101,9 +114,9 @@ class Symptom(Record):
 class FailureReport(Record):
     """What the user reports: the conversation and, if it was kept, the model's response.
 
-    As JSON either {"messages": [...], "response": ...} or {"prompt": ..., "response": ...}. What is wrong with the
-    response is that it complies; that it refuses, with "objective": "refusal"; or that it holds the text
-    given as "unwanted".
+    As JSON either {"messages": [...], "response": ...} or {"prompt": ..., "response": ...}; where there is no response,
+    a last message of the assistant's, as a log ends with, is it. What is wrong with the response is that it complies;
+    that it refuses, with "objective": "refusal"; or that it holds the text given as "unwanted".
     """
 
     messages: tuple[Message, ...] = Field(min_length=1)
@@ -119,6 +132,8 @@ class FailureReport(Record):
                 raise ValueError("give either 'prompt' or 'messages', not both")
             rest = {key: item for key, item in value.items() if key != "prompt"}
             value = {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
+        if isinstance(value, dict) and value.get("response") is None:
+            value = _answer_apart(value)
         if isinstance(value, dict) and value.get("unwanted") and "objective" not in value:
             value = {**value, "objective": "text"}
         return value
@@ -143,6 +158,14 @@ class FailureReport(Record):
     def symptom(self) -> Symptom:
         """What is wrong with the response."""
         return Symptom(objective=self.objective, text=self.unwanted)
+
+
+def _answer_apart(value: dict[str, Any]) -> dict[str, Any]:
+    """A log's last message, where the assistant said it, as the response."""
+    match value.get("messages"):
+        case [*before, {"role": "assistant", "content": answer}] if before:
+            return {**value, "messages": before, "response": _text_of(answer)}
+    return value
 
 
 class Span(Record):
