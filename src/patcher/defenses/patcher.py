@@ -7,6 +7,8 @@ import random
 from dataclasses import replace
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from patcher.defenses.contract import Evidence, Trained
 from patcher.defenses.counterfactual import Counterfactual
 from patcher.defenses.paper import Paper
@@ -24,6 +26,8 @@ class SoftSettings(PatcherSettings):
 
     breadth: Literal["all"] = "all"
     """There is no trigger to break but what soft insertions find."""
+    max_steps: PositiveInt = 60
+    """Twice the repair's: benign requests that are refused halfway are answered again at the end (docs/repair.md)."""
 
 
 def run_without_report(
