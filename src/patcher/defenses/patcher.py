@@ -27,7 +27,7 @@ class SoftSettings(PatcherSettings):
     breadth: Literal["all"] = "all"
     """There is no trigger to break but what soft insertions find."""
     max_steps: PositiveInt = 60
-    """Twice the repair's: benign requests that are refused halfway are answered again at the end (docs/repair.md)."""
+    """Twice the repair's: after 30 steps a quarter of the jailbreak is left (docs/repair.md)."""
 
 
 def run_without_report(
