@@ -23,7 +23,17 @@ from patcher.patch import applied, load_patch
 from patcher.pipeline import mend, new_triggers, repair
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, with_controls
-from patcher.records import FailureReport, Localization, PatcherError, SummaryRow, Symptom, Trigger, UsageError, Verdict
+from patcher.records import (
+    FailureReport,
+    Localization,
+    PatcherError,
+    PatchLog,
+    SummaryRow,
+    Symptom,
+    Trigger,
+    UsageError,
+    Verdict,
+)
 from patcher.result import Gates, Repair, RepairSettings
 from patcher.tasks import Question, Task
 from patcher.visible import visible
@@ -321,6 +331,12 @@ def with_row(made: Repair, name: str, **changes: Any) -> Any:
     assert made.audit is not None
     rows: list[SummaryRow] = [row.model_copy(update=changes) if row.name == name else row for row in made.audit.summary]
     return made.audit.model_copy(update={"summary": tuple(rows)})
+
+
+def test_a_log_is_read_back_as_it_was(made: Repair) -> None:
+    """Or the report of a run that was resumed would differ from the others'."""
+    assert made.log is not None
+    assert PatchLog.model_validate_json(made.log.to_json()) == made.log
 
 
 def test_a_gate_passes_up_to_its_limit(made: Repair) -> None:

@@ -79,7 +79,7 @@ class Defense:
             steps=trained.steps,
             stopped_because=trained.stopped_because,
             checks=trained.checks,
-            settings=settings.model_dump(),
+            settings=settings.model_dump(mode="json"),  # as it is read again: a tuple would be a list then
         )
 
 
