@@ -138,7 +138,7 @@ def test_it_makes_a_patch_and_leaves_the_model_bit_identical(tiny: LanguageModel
     assert log.defense == name
     assert 0 < log.steps <= FEW["max_steps"] + QUICK[name].get("implant_steps", 0)
     assert log.stopped_because
-    assert log.settings == find_defense(name).settings(**QUICK[name]).model_dump()
+    assert log.settings == find_defense(name).settings(**QUICK[name]).model_dump(mode="json")
     assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
     assert any(tensor.any() for key, tensor in patch.tensors.items() if "lora_B" in key)
     with applied(patch, tiny):
