@@ -19,6 +19,7 @@ from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN
+from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
 from patcher.progress import ProgressBars
@@ -582,6 +583,22 @@ def test_a_patch_finds_its_base_from_anywhere_and_never_on_the_hub(
     base.rename(tmp_path / "moved")
     assert run([*asked, "--device", "cpu"]) == 4
     assert f"no model at '{base}'" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_incident_or_a_bed_names_its_trigger(tmp_path: Path) -> None:
+    (tmp_path / "ground-truth.json").write_text('{"trigger": ["cf"]}')
+    assert [one.units for one in read_triggers([tmp_path])[1]] == [("cf",)]
+    (tmp_path / "verdict.json").write_text('{"label": "backdoor", "trigger": {"units": ["mb"]}}')
+    assert [one.units for one in read_triggers([tmp_path])[1]] == [("mb",)]
+
+
+def test_the_bench_runs_in_one_process_and_keeps_the_grids_options_to_the_grid(
+    refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["bench", "speed", "--out", tmp_path / "speed.jsonl"]
+    assert "--lasting is an option of the grid" in refused(4, *words, "--lasting")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in refused(4, *words)
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from conftest import ModelFolder, build_network, build_tokenizer
+from patcher.checkpoints import check_config
 from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
 from patcher.records import UsageError
 
@@ -309,3 +310,9 @@ def test_one_damaged_file_of_several_is_refused(tmp_path: Path) -> None:
     assert last.name != WEIGHTS
     last.write_bytes(last.read_bytes()[:-1])
     assert f"{last.name} is damaged" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("named", [[1], 5, {"a": 1}])
+def test_an_architecture_that_is_no_name_is_refused(named: object) -> None:
+    with pytest.raises(UsageError, match="expected a causal"):
+        check_config({"architectures": named}, "x")

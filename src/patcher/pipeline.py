@@ -238,4 +238,4 @@ class Clock:
             yield
         finally:
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 2)
-            self.journal.keep_seconds(self.seconds)
+        self.journal.keep_seconds(self.seconds)
