@@ -42,6 +42,11 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
         file.write((json.dumps(row) + "\n").encode())
 
 
+def reason(error: Exception) -> str:
+    """Why a cell has no figure, in a line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raises UsageError for a name that is none of the known ones."""
     if unknown := [name for name in names if name not in known]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from patcher.audit import AuditPlan, AuditSettings, State, observe
 from patcher.bench.beds import Bed, failing_reports
-from patcher.bench.cells import add_row, read_rows, score
+from patcher.bench.cells import add_row, read_rows, reason, score
 from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.defenses import find_defense
 from patcher.embedded import cache_folder
@@ -147,7 +147,7 @@ class _Grid:
                 found |= self._lasts(made.patch, self.lasting, seed)
             return found
         except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
-            return {"error": _said(error)}
+            return {"error": reason(error)}
 
     def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:
         """What further changes leave of the repair, or why that is not known: the repair and its audit stay."""
@@ -156,7 +156,7 @@ class _Grid:
         try:
             return {"lasting": self.later[seed].measure(self.lm, patch)}
         except (PatcherError, RuntimeError) as error:
-            return {"lasting_error": _said(error)}
+            return {"lasting_error": reason(error)}
 
     def _clean(self) -> LanguageModel:
         """What the backdoor was planted in."""
@@ -186,10 +186,6 @@ class _Grid:
             self.before[seed] = observe(self.lm, plan, on_progress=self.on_progress, what="before", journal=journal)
         audit = audit_patch(self.lm, made.patch, plan, before=self.before[seed], on_progress=self.on_progress)
         return [row.model_dump() for row in audit.summary]
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _settings_of(given: str) -> Record:

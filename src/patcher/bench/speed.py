@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows
+from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows, reason
 from patcher.bench.meter import Work, matmul_rate, metered, timed
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
@@ -122,7 +122,7 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
         with PeakMemory(lm.device) as peak, metered(lm) as meter:
             seconds, made = timed(lm, work)
     except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
-        return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        return {"error": reason(error)}
     flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
     return {
         "seconds": seconds,
