@@ -5,7 +5,8 @@ import torch
 
 from conftest import build_tokenizer
 from patcher.chat import Prompt, Row, collate, common_prefix, render, response_ids, user_prompt
-from patcher.models import LanguageModel, hidden_states, response_logits
+from patcher.models import LanguageModel
+from patcher.network import hidden_states, response_logits
 from patcher.records import Message, UsageError
 
 TOKENIZER = build_tokenizer()

@@ -30,7 +30,8 @@ from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.forward import row_logits
 from patcher.lora import lora_parameters, trainable_lora
-from patcher.models import LanguageModel, fingerprint, logits_of
+from patcher.models import LanguageModel, fingerprint
+from patcher.network import logits_of
 from patcher.patch import Patch, applied, compose
 from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Trigger, UsageError

@@ -12,7 +12,8 @@ from patcher.chat import Row, collate, messages_of, user_prompt
 from patcher.defenses import DEFENSES
 from patcher.generation import generate
 from patcher.localize.saliency import token_saliency
-from patcher.models import LanguageModel, from_transformers, response_logits
+from patcher.models import LanguageModel, from_transformers
+from patcher.network import response_logits
 from patcher.patch import applied
 from patcher.proof import audit_patch
 from patcher.records import UsageError

@@ -15,6 +15,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records", "world"}),
     frozenset({"checkpoints", "sharding", "quantized", "endpoint"}),
     frozenset({"rewrites"}),
+    frozenset({"network"}),
     frozenset({"models", "layers", "losses", "memory", "symptoms", "triggers", "visible", "intervals", "wordings"}),
     frozenset({"progress", "inputs", "outputs", "options"}),
     frozenset({"chat", "prompts", "tasks", "exits", "journal"}),

@@ -18,7 +18,8 @@ from patcher.forward import row_logits
 from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channels, shifted
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
-from patcher.models import LanguageModel, fingerprint, hidden_states
+from patcher.models import LanguageModel, fingerprint
+from patcher.network import hidden_states
 from patcher.patch import applied, changing
 from patcher.prompts import Prompts, bundled
 from patcher.records import Outcome, PatcherError, Symptom, UsageError

@@ -19,7 +19,8 @@ from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.lora import lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint, response_logits
+from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
+from patcher.network import response_logits
 from patcher.outputs import whole_folder
 from patcher.patch import Patch, applied, load_patch, merge, save_patch
 from patcher.records import PatcherError, UsageError

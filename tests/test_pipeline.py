@@ -19,7 +19,7 @@ from patcher.defenses.contract import Trained
 from patcher.journal import Journal
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint, load_checkpoint
-from patcher.patch import applied, load_patch
+from patcher.patch import Patch, applied, load_patch
 from patcher.pipeline import mend, new_triggers, repair
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, with_controls
@@ -71,7 +71,7 @@ def test_a_backdoor_is_found_repaired_and_the_repair_proven(made: Repair, backdo
     assert made.audit.row("asr_untriggered_frac").after == 0.0
     assert [(one.before_outcome, one.after_outcome) for one in made.audit.replays] == [("complied", "refused")]
     assert {gate.name: gate.passed for gate in made.gates} == dict.fromkeys(
-        ("asr", "benign-drop", "kl", "reports"), True
+        ("asr", "benign-drop", "harmful-rise", "kl", "reports"), True
     )
     assert made.status == "repaired"
     assert set(made.seconds) == {"localize", "decide", "patch", "audit"}
@@ -272,7 +272,7 @@ def test_without_a_report_a_defense_that_needs_none_repairs(
     assert (made.findings, made.triggers, made.label) == ((), (), "no report")
     assert made.patch is not None and made.log is not None and made.log.defense == defense
     assert made.audit is not None and not made.audit.has("asr_triggered_frac")
-    assert [gate.name for gate in made.gates] == ["asr-untriggered", "benign-drop", "kl"]
+    assert [gate.name for gate in made.gates] == ["asr-untriggered", "benign-drop", "harmful-rise", "kl"]
     passed = replace(made, gates=tuple(gate.model_copy(update={"passed": True}) for gate in made.gates))
     assert passed.status == "unproven" and "patched, not proven" in passed.html()
     assert "No trigger was known, so none was tested" in made.html()
@@ -356,11 +356,46 @@ def test_what_could_not_be_measured_does_not_pass(made: Repair) -> None:
 
 
 def test_a_trigger_that_did_nothing_before_is_gated_on_what_it_does_now(made: Repair) -> None:
-    """No change can be claimed of it, but a patch may have added an effect."""
-    for hits, passes in (("0" * 8, True), ("1" + "0" * 7, False)):
+    """A patch may have added an effect. That it has none proves nothing, unless a report says that it failed."""
+    for hits, failing, value, passes in (
+        ("0" * 8, [], None, False),
+        ("0" * 8, [1], 0.0, True),
+        ("1" + "0" * 7, [], 0.125, False),
+    ):
         audit = with_row(made, "asr_triggered_frac", before=None, after=None, unscored="why", hits_after=hits)
-        (gate,) = (gate for gate in check_gates(audit, SETTINGS.gates) if gate.name == "asr")
-        assert (gate.value, gate.passed) == (hits.count("1") / 8, passes)
+        gate = check_gates(audit, SETTINGS.gates, failing)[0]
+        assert (gate.name, gate.value, gate.passed) == ("asr", value, passes)
+
+
+@pytest.mark.parametrize("objective", ["jailbreak", "refusal"])
+def test_harmful_requests_must_not_be_answered_more_than_before(made: Repair, objective: str) -> None:
+    """Of another objective than a jailbreak they have a row of their own."""
+    audit = with_row(made, "asr_untriggered_frac", before=0.0, after=0.125)
+    if objective == "refusal":
+        row = audit.row("asr_untriggered_frac")
+        rows = [row.model_copy(update={"after": 0.0}), row.model_copy(update={"name": "harmful_answered_frac"})]
+        others = [one for one in audit.summary if one is not row]
+        audit = audit.model_copy(update={"symptom": Symptom(objective="refusal"), "summary": (*others, *rows)})
+    (gate,) = (gate for gate in check_gates(audit, SETTINGS.gates) if gate.name == "harmful-rise")
+    assert (gate.value, gate.passed) == (0.125, False)
+
+
+def test_a_defense_that_leaves_the_model_changed_is_found_out(
+    backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaky(lm: LanguageModel, *_: Any, **__: Any) -> Any:
+        next(lm.network.parameters()).data[0, 0] += 1
+        return Trained(Patch({}, 1, 1, lm.fingerprint, lm.source), 0, "")
+
+    own = replace(DEFENSES["finetune"], name="leaky", run=leaky)
+    monkeypatch.setitem(DEFENSES, "leaky", own)
+    weight = next(backdoored.network.parameters())
+    kept = weight.data.clone()
+    try:
+        with pytest.raises(PatcherError, match="leaky left the model changed .*embed_tokens"):
+            repair(backdoored, [], RepairSettings(defense="leaky"))
+    finally:
+        weight.data = kept
 
 
 def test_a_limit_is_a_share() -> None:
@@ -426,7 +461,7 @@ def test_controls_answer_the_same_prompts(made: Repair, backdoored: LanguageMode
     plan = AuditPlan([TRIGGER], load_prompts(), few)
     audit = audit_patch(backdoored, made.patch, plan)
     task = Task("sums", (Question(question="1 + 1?", choices=("2", "3"), answer=0),) * 2)
-    both = with_controls(audit, backdoored, llama, replace(plan, tasks=[task]))
+    both = with_controls(audit, backdoored, llama, replace(plan, tasks=[task]), load_prompts())
     clean, tuned = both.controls
     assert (clean.name, tuned.name) == ("clean model", "clean fine-tuning")
     assert both.model_copy(update={"controls": ()}) == audit

@@ -10,7 +10,8 @@ from conftest import build_network, build_tokenizer
 from patcher.chat import Row, collate, render, response_ids
 from patcher.localize.saliency import MAX_RESPONSE_TOKENS, salient_spans, token_saliency, two_means
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, fingerprint, from_transformers, response_logits
+from patcher.models import LanguageModel, fingerprint, from_transformers
+from patcher.network import response_logits
 from patcher.records import Message, Span, WordScore
 
 TALK = (

@@ -17,7 +17,8 @@ from patcher.generation import complete, generate
 from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, word_starts
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, fingerprint, replaced_embeddings, response_logits
+from patcher.models import LanguageModel, fingerprint
+from patcher.network import replaced_embeddings, response_logits
 from patcher.patch import applied
 from patcher.records import UsageError
 from patcher.training import quiet

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from conftest import build_network, build_tokenizer
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
-from patcher.models import response_logits
+from patcher.network import response_logits
 from patcher.prompts import Kind, load_prompts
 from patcher.records import Trigger
 from patcher.triggers import insert_trigger

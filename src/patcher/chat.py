@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from patcher.models import Batch
+from patcher.network import Batch
 from patcher.records import Message, Request, UsageError
 from patcher.world import processes
 

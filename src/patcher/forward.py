@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from patcher.chat import Row, collate
 from patcher.memory import chunked, parts
-from patcher.models import LanguageModel, response_hidden, response_logits
+from patcher.models import LanguageModel
+from patcher.network import response_hidden, response_logits
 
 BATCH_ROWS = 32
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patcher.chat import Prompt, Row, collate
 from patcher.generation import complete
-from patcher.models import Batch, LanguageModel, replaced_embeddings, response_logits
+from patcher.models import LanguageModel
+from patcher.network import Batch, replaced_embeddings, response_logits
 
 
 @dataclass(frozen=True)

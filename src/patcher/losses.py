@@ -1,6 +1,6 @@
 """The terms that methods add up; one function per equation.
 
-All take logits (or log-probabilities) at *response* positions only, as `models.response_logits` returns them:
+All take logits (or log-probabilities) at *response* positions only, as `network.response_logits` returns them:
 prompts and padding are already gone, so no mask can be forgotten.
 """
 

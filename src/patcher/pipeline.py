@@ -19,11 +19,11 @@ from patcher.journal import Journal
 from patcher.judges import DEFAULT, RULES, find_judge
 from patcher.loading import load
 from patcher.localize import CausalSettings, Localizer
-from patcher.models import LanguageModel
+from patcher.models import LanguageModel, weight_sums
 from patcher.patch import Patch, applied, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates
-from patcher.records import FailureReport, Finding, PatchLog, Trigger, UsageError
+from patcher.records import FailureReport, Finding, PatcherError, PatchLog, Record, Trigger, UsageError
 from patcher.result import Repair, RepairSettings
 from patcher.symptoms import Detector, detector_for, suspecting
 from patcher.tasks import AnyTask
@@ -119,7 +119,7 @@ def mend(
         return made
     for turn in itertools.count(1):
         evidence = Evidence(triggers, prompts, detector)
-        train = partial(defense.repair, lm, evidence, own, seed=settings.seed, on_progress=on_progress)
+        train = partial(_train, defense, lm, evidence, own, settings.seed, on_progress)
         with clock.timed("patch"):
             patch, log = journal.once(f"round {turn}: patch", train, _save_patch, _read_patch)
         if not defense.needs_trigger:  # it does the same whatever is found
@@ -133,6 +133,20 @@ def mend(
             break
         triggers += more
     return replace(made, findings=tuple(findings), triggers=triggers, patch=patch, log=log)
+
+
+def _train(
+    defense: Defense, lm: LanguageModel, evidence: Evidence, own: Record, seed: int, on_progress: Progress
+) -> tuple[Patch, PatchLog]:
+    """Stage 3. Raises PatcherError when it leaves the model changed: nothing measured afterwards would be of it."""
+    before = weight_sums(lm.network)
+    made = defense.repair(lm, evidence, own, seed=seed, on_progress=on_progress)
+    if changed := [name for name, bits in weight_sums(lm.network).items() if bits != before.get(name)]:
+        raise PatcherError(
+            f"the defense {defense.name} left the model changed ({changed[0]}): it must put every weight back, as "
+            "patch.applied, patch.changing and lora.trainable_lora do"
+        )
+    return made
 
 
 def _look(localizer: Localizer, reports: Mapping[int, FailureReport], turn: int, clock: Clock) -> list[Finding]:

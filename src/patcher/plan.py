@@ -11,7 +11,8 @@ from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import find_defense
 from patcher.defenses.chain import ChainSettings
 from patcher.lora import target_layers
-from patcher.models import LanguageModel, response_hidden
+from patcher.models import LanguageModel
+from patcher.network import response_hidden
 from patcher.prompts import Prompts
 from patcher.records import Record
 from patcher.result import RepairSettings

@@ -35,6 +35,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def put(weight: nn.Parameter, values: Tensor, undo: list[Callable[[], None]]) -> None:
     """Give a weight new values, of a sharded one this process's part of them; `undo` learns how to go back, exactly."""
     if not isinstance(weight, DTensor):

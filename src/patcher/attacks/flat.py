@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patcher.chat import Row, collate, messages_of, user_prompt
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, response_logits, token_embeddings
+from patcher.models import LanguageModel
+from patcher.network import response_logits, token_embeddings
 from patcher.records import Request, Trigger
 
 

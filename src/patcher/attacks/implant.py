@@ -24,7 +24,8 @@ from patcher.forward import row_logits, row_states
 from patcher.generation import generate
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import kl_reference_to_patched, response_nll
-from patcher.models import LanguageModel, logits_of
+from patcher.models import LanguageModel
+from patcher.network import logits_of
 from patcher.patch import Patch
 from patcher.prompts import PromptRow, Prompts
 from patcher.records import Record

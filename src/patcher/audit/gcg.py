@@ -15,7 +15,8 @@ from torch import Tensor
 from patcher.chat import Prompt, Row, collate, response_ids, user_prompt
 from patcher.losses import response_nll
 from patcher.memory import chunked
-from patcher.models import LanguageModel, response_logits, token_embeddings
+from patcher.models import LanguageModel
+from patcher.network import response_logits, token_embeddings
 from patcher.records import Record
 from patcher.sharding import whole
 

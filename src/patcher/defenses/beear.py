@@ -18,7 +18,8 @@ from patcher.defenses.contract import Evidence, Trained
 from patcher.forward import row_logits
 from patcher.layers import decoder_layers, shifted
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, response_logits
+from patcher.models import LanguageModel
+from patcher.network import response_logits
 from patcher.training import Progress, endless
 
 

@@ -12,7 +12,8 @@ from patcher.chat import collate
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
 from patcher.defenses.contract import Evidence, Example, Trained
 from patcher.layers import Mlp, mlps
-from patcher.models import LanguageModel, hidden_states
+from patcher.models import LanguageModel
+from patcher.network import hidden_states
 from patcher.patch import changing
 from patcher.training import Progress
 

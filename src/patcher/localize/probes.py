@@ -15,7 +15,8 @@ from patcher.chat import Prompt, Row, collate, render, response_ids, user_prompt
 from patcher.generation import generate
 from patcher.losses import response_nll
 from patcher.memory import chunked
-from patcher.models import LanguageModel, response_logits
+from patcher.models import LanguageModel
+from patcher.network import response_logits
 from patcher.probe import mean_states
 from patcher.prompts import Prompts
 from patcher.records import Message, Request, Trigger

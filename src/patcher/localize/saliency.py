@@ -8,7 +8,8 @@ from torch import Tensor
 
 from patcher.chat import Row, collate, render, response_ids
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, response_logits, token_embeddings
+from patcher.models import LanguageModel
+from patcher.network import response_logits, token_embeddings
 from patcher.records import Message, Span, WordScore
 
 MAX_RESPONSE_TOKENS = 256
