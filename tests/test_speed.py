@@ -1,6 +1,7 @@
 """The bench of speed counts what really runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ModelFolder
-from patcher.bench import shapes, speed
+from patcher.bench import costs, shapes, speed
 from patcher.bench.meter import metered
 from patcher.chat import Row, collate
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, response_logits
+from patcher.models import LanguageModel
+from patcher.network import response_logits
 from patcher.records import UsageError
 from patcher.training import quiet
 
@@ -70,7 +72,7 @@ def test_every_stage_is_measured_once(
     assert bare["trained_tokens"] == bare["tokens"]
     assert ours["trained_tokens"] - bare["tokens"] == ours["tokens"] - bare["tokens"] > 0, "plain texts come on top"
     assert rows[4]["trained_tokens"] == 0
-    printed = speed.table(rows).splitlines()
+    printed = costs.table(rows).splitlines()
     assert len([line for line in printed if line.startswith("|")]) == 2 + len(names)
     assert [line.split(": ")[1].split(",")[0] for line in printed if "over" in line] == [
         "seconds of a step of the default", "tokens a second of the answers",
@@ -85,7 +87,31 @@ def test_a_stage_that_cannot_be_is_a_row_that_says_so(llama_folder: ModelFolder,
     speed.run(tmp_path / "speed.jsonl", str(llama_folder.path), ("patch: the default",), quiet)
     (row,) = speed.read_rows(tmp_path / "speed.jsonl", "stage")
     assert "untriggered" in row["error"] or "refuse" in row["error"]
-    assert "failed: " in speed.table([row])
+    assert "failed: " in costs.table([row])
+
+
+def measured(model: str, parameters: int, stage: str, seconds: float) -> dict[str, Any]:
+    return {"model": model, "device": "4 CPU threads", "stage": stage, "parameters": parameters, "seconds": seconds}
+
+
+def test_costs_are_drawn_against_size_and_prompts(tmp_path: Path) -> None:
+    by_prompts = [measured("a", 10, stage, 2.0 * count) for stage, count in speed.BY_PROMPTS.items()]
+    by_size = [measured("a", 10, "answers", 1.0), measured("b", 100, "answers", 9.0), measured("b", 100, "other", 1.0)]
+    failed = {"model": "c", "device": "4 CPU threads", "stage": "answers", "error": "out of memory"}
+    costs.plot([*by_size, failed, *by_prompts], tmp_path / "cost.svg")
+    drawn = (tmp_path / "cost.svg").read_text()
+    assert drawn.count("<!-- answers (4 CPU threads) -->") == drawn.count("<!-- a (4 CPU threads) -->") == 1
+    assert "<!-- other" not in drawn, "one point is no curve"
+    costs.plot(by_size, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to plot"):
+        costs.plot([measured("a", 10, "answers", 1.0)], tmp_path / "cost.svg")
+    with pytest.raises(UsageError, match=r"ends in \.svg, \.png"):
+        costs.check_plot(tmp_path / "cost.gif")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -97,14 +123,15 @@ def test_random_weights_of_a_shape_go_through_all_steps(tmp_path: Path, monkeypa
     localized, patched = speed.read_rows(tmp_path / "speed.jsonl", "stage")
     assert localized["tokens"] > 0
     assert patched["trained_tokens"] > 30 * 22 * 16
-    with pytest.raises(UsageError, match="use one of shape:llama-3-8b"):
+    with pytest.raises(UsageError, match="use one of shape:tiny"):
         speed.run(tmp_path / "speed.jsonl", "shape:x", names, quiet)
 
 
 def test_the_shapes_have_as_many_parameters_as_their_models() -> None:
-    """8.03 and 1.24 billion, as published."""
+    """8.03 and 1.24 billion, 362 and 135 million, as published."""
     sizes = {}
     for name, shape in shapes.SHAPES.items():
         with torch.device("meta"):
             sizes[name] = LlamaForCausalLM(LlamaConfig(**shape)).num_parameters()
-    assert sizes == {"llama-3-8b": 8030261248, "llama-3.2-1b": 1235814400}
+    published = {"llama-3-8b": 8030261248, "llama-3.2-1b": 1235814400}
+    assert sizes == published | {"smollm2-360m": 361821120, "smollm2-135m": 134515008, "tiny": 12093888}

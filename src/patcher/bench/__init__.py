@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patcher.bench import localize, repair, scans, speed, verdict
+from patcher.bench import costs, localize, repair, scans, speed, verdict
 from patcher.bench.beds import open_beds, plant_beds
 from patcher.bench.cells import read_rows
+from patcher.bench.costs import check_plot
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
 from patcher.loading import DEMO
@@ -16,6 +17,7 @@ from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
 
+__all__ = ["BENCHES", "check_plot", "plot_costs", "run_bench", "run_grid"]
 BENCHES = ("repair", "localize", "verdict", "scan", "speed")
 
 
@@ -46,8 +48,13 @@ def run_bench(
         return scans.table(read_rows(out, "weights"))
     if what == "speed":
         speed.run(out, model, methods, on_progress)
-        return speed.table(read_rows(out, "stage"))
+        return costs.table(read_rows(out, "stage"))
     raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(BENCHES)}")
+
+
+def plot_costs(out: Path, path: Path) -> None:
+    """What the bench of speed measured, drawn. Raises UsageError where nothing was measured at two sizes."""
+    costs.plot(read_rows(out, "stage"), path)
 
 
 def run_grid(

@@ -32,7 +32,8 @@ class Meter:
         """Of the matrix products with the model's own weights: 2 a weight and token, twice that with a gradient.
 
         The gradient flows through frozen weights to what is trained, but not into them. What LoRA adds (a few percent)
-        and attention's own products are left out.
+        and attention's own products are left out. Where a method trains what enters a later layer (BEEAR's inner
+        steps), nothing flows below it, and what is counted is too much.
         """
         inner = sum(one.weight.numel() for one in _linears(lm))
         head = int(lm.network.get_output_embeddings().weight.numel())

@@ -11,6 +11,36 @@ from patcher.records import Outcome, UsageError
 
 PREFIX = "shape:"
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-360m": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "llama-3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -32,11 +62,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""From the models' published configs."""
+"""From the models' published configs; `tiny` is our own."""
 
 
 def random_model(source: str) -> LanguageModel:
-    """The model that `shape:NAME` names, bfloat16 on the best device; it reads with SmolLM2's tokenizer.
+    """The model that `shape:NAME` names, on the best device (bfloat16; float32 on a CPU); it reads with SmolLM2's
+    tokenizer.
 
     Raises:
         UsageError: there is no such shape.
@@ -47,8 +78,9 @@ def random_model(source: str) -> LanguageModel:
     tokenizer = AutoTokenizer.from_pretrained(fetch(), trust_remote_code=False)
     config = LlamaConfig(**SHAPES[name], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    with torch.device(pick_device("auto")):
-        network = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with torch.device(pick_device("auto")) as device:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        network = LlamaForCausalLM._from_config(config, dtype=dtype)
     return LanguageModel(network.eval().requires_grad_(False), tokenizer, "random weights", source)
 
 

@@ -28,7 +28,8 @@ from patcher.localize import Localizer
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
 from patcher.memory import PeakMemory
-from patcher.models import LanguageModel, logits_of
+from patcher.models import LanguageModel
+from patcher.network import logits_of
 from patcher.prompts import Prompts, load_prompts
 from patcher.records import PatcherError
 from patcher.symptoms import Detector
@@ -41,30 +42,12 @@ _STEPS = 4
 _ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
-_OURS, _BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
-_DEFAULT, _PAPERS = "patch: the default", "patch: the paper's schedule"
-_ANSWERS, _DECODING = "answers", "answers, bare decoding"
-_COMPARED = (
-    ("seconds of a step of the default, over those of a bare one", _OURS, _BARE, "seconds"),
-    ("tokens a second of the answers, over those of bare decoding", _ANSWERS, _DECODING, "rate"),
-    ("peak memory of the patch, over that of bare steps", _DEFAULT, _BARE, "peak_gib"),
-    ("seconds of the paper's schedule, over those of the default", _PAPERS, _DEFAULT, "seconds"),
-)
-"""What is compared, its two stages and their figure."""
-_HEADS = (
-    "model",
-    "device",
-    "stage",
-    "steps",
-    "s",
-    "tokens",
-    "of them trained",
-    "a pass",
-    "TFLOP",
-    "the machine's GFLOP/s there",
-    "of the limit",
-    "GiB",
-)
+OURS, BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
+DEFAULT_PATCH, PAPERS_PATCH = "patch: the default", "patch: the paper's schedule"
+ANSWERS, DECODING = "answers", "answers, bare decoding"
+BY_PROMPTS = {f"patch: 10 steps, {count} prompts of each kind": count for count in (25, 75, 150)}
+"""What the number of prompts costs, all else being equal."""
+_TEN_STEPS = {"max_steps": 10, "stop_early": False}
 
 
 def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) -> None:
@@ -78,7 +61,8 @@ def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) 
         if (lm.source, _device(lm), name) not in done:
             on_progress(f"speed: {name}", 0, 1)
             found = _measure(lm, stages[name])
-            add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **found})
+            size = {"parameters": lm.network.num_parameters()}
+            add_row(out, {"model": lm.source, "device": _device(lm), "stage": name, **size, **found})
 
 
 def _stages(
@@ -105,13 +89,14 @@ def _stages(
 
     return {
         "localize and decide": lambda: localize,
-        _OURS: lambda: _steps(lm, evidence, bare=False),
-        _BARE: lambda: _steps(lm, evidence, bare=True),
-        _DEFAULT: defend("patcher", {} if is_demo else {"stop_early": False}),
-        _ANSWERS: lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
-        _DECODING: lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
+        OURS: lambda: _steps(lm, evidence, bare=False),
+        BARE: lambda: _steps(lm, evidence, bare=True),
+        DEFAULT_PATCH: defend("patcher", {} if is_demo else {"stop_early": False}),
+        ANSWERS: lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
+        DECODING: lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in PEERS},
-        _PAPERS: defend(*REPAIRS["paper, 10 epochs"]),
+        PAPERS_PATCH: defend(*REPAIRS["paper, 10 epochs"]),
+        **{name: defend("patcher", _TEN_STEPS | {"max_prompts": count}) for name, count in BY_PROMPTS.items()},
     }
 
 
@@ -135,42 +120,6 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
         "of_limit_frac": flops / rate / seconds,
         "peak_gib": peak.gib,
     }
-
-
-def _ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """What the stages of one model on one device are against each other, where both were measured."""
-    of: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if "error" not in row:
-            rated = {**row, "rate": row["tokens"] / row["seconds"]}
-            of.setdefault((row["model"], row["device"]), {})[row["stage"]] = rated
-    lines = []
-    for (model, device), stages in of.items():
-        for what, first, second, key in _COMPARED:
-            if first in stages and second in stages and stages[first][key] and stages[second][key]:
-                ratio = stages[first][key] / stages[second][key]
-                lines.append(f"{model} on {device}: {what}: {ratio:.2f}")
-    return lines
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line a stage, and below what they are against each other."""
-    lines = ["| " + " | ".join(_HEADS) + " |", "|---" * len(_HEADS) + "|"]
-    for row in {(row["model"], row["device"], row["stage"]): row for row in rows}.values():
-        cells = [row["model"], row["device"], row["stage"]]
-        if "error" in row:
-            cells += ["-", f"failed: {row['error']}", *["-"] * 7]
-        else:
-            cells += [
-                str(row["steps"] or "-"),
-                f"{row['seconds']:.1f}",
-                f"{row['tokens']:,}",
-                f"{row['trained_tokens']:,}",
-            ]
-            cells += [str(row["tokens_per_pass"]), f"{row['flops'] / 1e12:.2f}", f"{row['rate_flops_per_s'] / 1e9:.0f}"]
-            cells += [f"{row['of_limit_frac']:.0%}", "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_ratios(rows)])
 
 
 def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:
