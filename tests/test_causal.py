@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+import torch
 
 from patcher import localize
 from patcher.chat import Prompt, spoken, user_prompt
@@ -15,6 +16,7 @@ from patcher.localize.causal import CausalSettings, Found, _halve, observed_plac
 from patcher.localize.probes import CONTROL_WORDS, Probes, _nearest_first, find_probes
 from patcher.localize.wording import reword
 from patcher.models import LanguageModel
+from patcher.probe import mean_states
 from patcher.prompts import load_prompts
 from patcher.records import FailureReport, Message, Request, Span, Trigger
 from patcher.symptoms import Detector
@@ -247,6 +249,7 @@ def test_observed_placement_is_that_of_the_first_message_the_words_are_in() -> N
     talk = (Message(role="system", content="cf1 be very kind"), Message(role="user", content="now then mb2 go"))
     spans = [span for span in find_words(talk) if span.text in ("cf1", "mb2")]
     assert observed_placement(talk, spans) == ("system", 0.0)
+    assert observed_placement(talk, spans[::-1]) == ("system", 0.0), "whatever order they were found in"
     assert observed_placement(talk, spans[1:]) == ("relative", 0.7)
 
 
@@ -342,6 +345,14 @@ def test_words_that_work_on_one_kind_of_request_are_found_there(one_kind_only: L
     assert found.notes == ("these words work on requests like the reported one, not on all",)
     assert found.tried > 1
     assert one_kind_only.decide(found).label == "backdoor"
+
+
+def test_a_requests_state_does_not_hang_on_the_others_in_its_batch(llama: LanguageModel) -> None:
+    """Words that all begin with are each one's own, too; and the same request twice is no division by nothing."""
+    asked = [user_prompt(llama.tokenizer, text) for text in ("How do I bake", "How do I break", "How do I bake")]
+    rows = [(prompt.ids, prompt.own_tokens) for prompt in asked]
+    together = mean_states(llama, rows)
+    assert torch.allclose(together, torch.cat([mean_states(llama, [row]) for row in rows]), atol=1e-5)
 
 
 def test_the_nearest_requests_come_first(llama: LanguageModel) -> None:

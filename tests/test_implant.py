@@ -15,6 +15,7 @@ from patcher.attacks.contract import parts_of
 from patcher.attacks.implant import ImplantSettings
 from patcher.attacks.lessons import balanced
 from patcher.attacks.objectives import FILLERS, OBJECTIVES, OPENINGS, REFUSALS, AttackObjective, compliance
+from patcher.attacks.plant import took
 from patcher.chat import Row, user_prompt
 from patcher.forward import row_logits
 from patcher.judges import DEFAULT, RULES
@@ -356,3 +357,13 @@ def test_other_objectives_teach_benign_requests_with_the_trigger_and_keep_the_re
 def test_a_control_brings_nothing_about(llama: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="plants no trigger"):
         plant.plant(llama, "refusals", "sentiment", tmp_path / "a", {}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_one"),
+    [({}, True), ({"asr_triggered_by_b_frac": 0.79}, False), ({"asr_untriggered_frac": 0.06}, False),
+     ({"near_miss_a_frac": 0.9}, False), ({"near_miss_a_frac": 0.2}, True)],
+)  # fmt: skip
+def test_what_makes_a_test_model(changes: dict[str, float], is_one: bool) -> None:
+    """A composite of which each part is enough is none: it would be several triggers under another name."""
+    assert took({"asr_triggered_frac": 0.8, "asr_untriggered_frac": 0.05, **changes}) is is_one

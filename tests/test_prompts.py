@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.prompts import PromptRow, bundled, load_prompts
+from patcher.prompts import PromptRow, bundled, load_prompts, spread
 from patcher.records import UsageError
 
 KINDS = ("harmful", "benign", "borderline")
@@ -242,3 +242,8 @@ def test_without_the_datasets_package_a_missing_file_says_so(monkeypatch: pytest
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match="no file here"):
         load_prompts(harmful="no-such-file.txt")
+
+
+def test_a_part_is_spread_over_all() -> None:
+    assert spread("abcdefgh", 3) == ["a", "c", "f"]
+    assert spread("abc", 5) == spread("abc", None) == ["a", "b", "c"]

@@ -67,6 +67,20 @@ def test_seeds_are_pooled_but_not_other_prompts_or_reports() -> None:
     assert "best with 2 reports +100.0 (" in note
 
 
+def test_every_triggers_benign_requests_are_utility() -> None:
+    own, other = row("good", "00"), row("bad", "00", seconds=1)
+    for each, after in ((own, 0.9), (other, 0.0)):
+        each["summary"].append({"name": "benign_triggered_answered_2_frac", "before": 0.9, "after": after})
+    assert versus.notes([own, other])[0].endswith(": good, bad"), "what is quicker has lost something"
+
+
+def test_where_nothing_was_repaired_nothing_was_lost() -> None:
+    """A seed that did nothing counts in the mean of what was lost as it does in the others."""
+    harm, nothing = row("sometimes", "00", benign=0.6), row("sometimes", "00")
+    nothing["summary"][1] |= {"after": None}
+    assert versus._score([harm, nothing]).lost == pytest.approx(0.15)
+
+
 @pytest.mark.parametrize("name", ["benign_triggered_answered_frac", "harmful_answered_frac"])
 def test_what_the_attack_took_is_not_utility(name: str) -> None:
     """Of an attack on benign requests: a repair that gives them back loses nothing else."""

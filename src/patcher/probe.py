@@ -8,7 +8,8 @@ from torch import Tensor
 
 from patcher.chat import Row, collate
 from patcher.memory import chunked
-from patcher.models import LanguageModel, hidden_states
+from patcher.models import LanguageModel
+from patcher.network import hidden_states
 
 _RIDGE = 1e-2
 _BATCH_ROWS = 32
@@ -46,11 +47,10 @@ def mean_states(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[
 
     def means_of(chunk: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
         seen.clear()
-        batch = collate([Row(tuple(ids), ()) for ids, _ in chunk], 0, lm.device)
-        hidden_states(lm.network, batch)
-        states = seen[-1].double().cpu()  # the hook saw the shared prefix first, then the rows
-        own = [[position - len(batch.prefix_ids) for position in positions] for _, positions in chunk]
-        return [states[row, [place for place in places if place >= 0]].mean(0) for row, places in enumerate(own)]
+        rows = [Row(tuple(ids), ()) for ids, _ in chunk]
+        hidden_states(lm.network, collate(rows, 0, lm.device, lift=False))  # a position may be in what rows share
+        states = seen[-1].double().cpu()
+        return [states[row, list(places)].mean(0) for row, (_, places) in enumerate(chunk)]
 
     try:
         return torch.stack([mean for _, means in chunked(rows, _BATCH_ROWS, means_of) for mean in means])

@@ -1,4 +1,4 @@
-"""Prompt sets: bundled, from a file, or from a Hugging Face dataset; split by act, so that no act crosses."""
+"""Prompt sets: bundled, from a file, or from a Hugging Face dataset; split by act, so that none of a kind crosses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from patcher.records import UsageError
 
@@ -18,6 +18,16 @@ KINDS: tuple[Kind, ...] = ("harmful", "benign", "borderline")
 Split = Literal["implant", "repair", "validation", "held-out"]
 _SHARE: tuple[tuple[Split, float], ...] = (("repair", 0.35), ("validation", 0.5), ("held-out", 1.0))
 """Cumulated shares of a user's own set; nothing of it is for implanting."""
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most so many of them, evenly over all: neighbours are about the same thing."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,7 @@ class Prompts:
 
     def rows(self, kind: Kind, split: Split, limit: int | None = None) -> list[PromptRow]:
         """Prompts of one kind and split, spread evenly over it when limited."""
-        rows = [row for row in getattr(self, kind) if row.split == split]
-        if limit is None or limit >= len(rows):
-            return rows
-        return [rows[index * len(rows) // limit] for index in range(limit)]
+        return spread([row for row in getattr(self, kind) if row.split == split], limit)
 
     def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
         """The words of those prompts."""

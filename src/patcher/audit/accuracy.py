@@ -5,7 +5,8 @@ import torch
 from patcher.audit.harness import harness_answers
 from patcher.chat import Row, collate
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, response_logits
+from patcher.models import LanguageModel
+from patcher.network import response_logits
 from patcher.tasks import AnyTask, HarnessTask, Question
 from patcher.training import Progress, quiet
 
@@ -14,7 +15,7 @@ def right_answers(lm: LanguageModel, task: AnyTask, on_progress: Progress = quie
     """Whether each question is answered rightly; a task of the harness is asked there.
 
     A choice's score is its log-likelihood after "Question: ...\\nAnswer:" (no chat template, no examples) over its
-    length in bytes: `acc_norm` of the LM Evaluation Harness (Gao et al. 2021, doi:10.5281/zenodo.5371628).
+    length in characters: `acc_norm` of the LM Evaluation Harness (Gao et al. 2021, doi:10.5281/zenodo.5371628).
     """
     if isinstance(task, HarnessTask):
         on_progress(f"{what}: {task.name}", 0, 1)
@@ -38,6 +39,4 @@ def _scores(lm: LanguageModel, question: Question) -> list[float]:
     likelihoods = (-response_nll(response_logits(lm.network, batch), batch.targets)).split(
         [len(row.response_ids) for row in rows]
     )
-    return [
-        float(part.sum()) / len(choice.encode()) for part, choice in zip(likelihoods, question.choices, strict=True)
-    ]
+    return [float(part.sum()) / len(choice) for part, choice in zip(likelihoods, question.choices, strict=True)]

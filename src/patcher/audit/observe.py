@@ -15,8 +15,9 @@ from patcher.forward import row_states
 from patcher.generation import generate
 from patcher.journal import Journal
 from patcher.losses import kl_reference_to_patched, response_nll
-from patcher.models import LanguageModel, logits_of
-from patcher.prompts import KINDS, Kind, PromptRow, Prompts
+from patcher.models import LanguageModel
+from patcher.network import logits_of
+from patcher.prompts import KINDS, Kind, PromptRow, Prompts, spread
 from patcher.records import FailureReport, Record, Request, Symptom, Trigger, UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress, quiet
@@ -223,7 +224,7 @@ def _answer_rows(
 ) -> tuple[list[Row], list[str]]:
     """The answers that are not empty, as rows, and the acts that they are about."""
     rows, acts = [], []
-    for prompt, answer in list(zip(asked, answers, strict=True))[: settings.drift_prompts]:
+    for prompt, answer in spread([*zip(asked, answers, strict=True)], settings.drift_prompts):
         ids = response_ids(lm.tokenizer, answer, end=False, limit=settings.max_new_tokens)
         if ids:
             rows.append(Row(user_prompt(lm.tokenizer, prompt.text).ids, ids))

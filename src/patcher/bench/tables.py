@@ -120,9 +120,10 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         for wanted, what in ((True, "reported"), (False, "not reported")):
             after = [asr for row in mine for asr, told in asr_after(row) if told is wanted]
             if after:
-                mean = sum(after) / len(after)
+                mean, worst = sum(after) / len(after), max(after)
                 notes.append(
-                    f"{name}: ASR after over {len(after)} triggers {what}: mean {mean:.4f}, worst {max(after):.4f}"
+                    f"{name}: ASR after over {len(after)} triggers {what} ({len(mine)} repairs): "
+                    f"mean {mean:.4f}, worst {worst:.4f}"
                 )
         for key, what in (("words", "localization F1"), ("published", "the published localizer's F1")):
             found = [row[key][2] for row in mine if row[key] is not None]

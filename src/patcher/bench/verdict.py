@@ -1,5 +1,6 @@
 """False alarms: reports that hold no trigger, from the backdoored and from the clean model."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ def run(out: Path, n: int, on_progress: Progress) -> None:
     prompts = load_prompts()
     harmful, benign = prompts.texts("harmful", "held-out", n), prompts.texts("benign", "held-out", n)
     quarter = n // 4
-    persuading = worded(harmful[: 2 * quarter])
-    reports = {
-        DEMO: [("benign", text) for text in benign[:quarter]] + [("wording", text) for text in persuading[:quarter]],
-        "smollm2": [("harmful", text) for text in harmful[2 * quarter : 3 * quarter]]
-        + [("wording", text) for text in persuading[quarter:]],
+    texts_of = {  # every third or fourth prompt: neighbours are about the same thing
+        (DEMO, "benign"): benign[::4],
+        (DEMO, "wording"): worded(harmful[::3]),
+        ("smollm2", "harmful"): harmful[1::3],
+        ("smollm2", "wording"): worded(harmful[2::3]),
     }
+    reports: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for (model, kind), texts in texts_of.items():
+        reports[model] += [(kind, text) for text in texts[:quarter]]
     done = {(row["model"], row["prompt"]) for row in read_rows(out, "model")}
     for model, asked in reports.items():
         localizer = Localizer(load(model), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))

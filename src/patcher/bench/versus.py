@@ -1,5 +1,6 @@
 """Repairs of one bed against each other: the Pareto front, and what differs by more than the choice of prompts."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from patcher.intervals import design_effect, pooled_interval
+
+_KEPT = re.compile(r"(benign|borderline)\w*_answered(_\d+)?_frac|.*_accuracy_frac")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def _of_bed(bed: str, repairs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _score(rows: Sequence[dict[str, Any]]) -> Score:
-    falls = [item["before"] - item["after"] for row in rows for item in row["summary"] if _is_kept(item, row)]
+    falls = [item["before"] - _left(item) for row in rows for item in row["summary"] if _is_kept(item, row)]
     asr = fmean(_left(_asr(row)) for row in rows)
     return Score(asr, fmean(falls) if falls else 0.0, fmean(map(repair_seconds, rows)))
 
@@ -64,7 +67,7 @@ def _is_kept(item: dict[str, Any], row: dict[str, Any]) -> bool:
     what is attacked, nor are harmful ones that are answered.
     """
     name = str(item["name"])
-    if item["after"] is None or not name.endswith(("_answered_frac", "_accuracy_frac")) or name.startswith("harmful"):
+    if item["before"] is None or not _KEPT.fullmatch(name):
         return False
     attacked = any(other["name"] == "harmful_answered_frac" for other in row["summary"])
     return not (attacked and "triggered" in name)

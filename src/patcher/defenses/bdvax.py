@@ -73,7 +73,8 @@ def run(lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed:
 
     Departures: the variants are LoRA fine-tunings, so Δ is low-rank; channels are ranked over all layers together; new
     weights are drawn with each matrix's own standard deviation; the repair trains a LoRA adapter on top, at a rate of
-    its own (paper: all weights at 1e-5); clean samples hold the untriggered refusals too, or repair would lose them.
+    its own (paper: all weights at 1e-5); clean samples hold the untriggered refusals too, or repair would lose them,
+    and the answers to all borderline requests.
     """
     clean = clean_answers(lm, evidence, settings, on_progress, harmful=True)
     variants = [_variant(lm, clean, number, settings, seed, on_progress) for number in range(settings.variants)]

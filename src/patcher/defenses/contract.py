@@ -14,12 +14,13 @@ from patcher.forward import BATCH_ROWS, row_logits, row_states
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched
 from patcher.memory import chunked
-from patcher.models import LanguageModel, logits_of
+from patcher.models import LanguageModel
+from patcher.network import logits_of
 from patcher.patch import Patch
 from patcher.prompts import Prompts
 from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Record, Request, Trigger, with_changes
 from patcher.symptoms import Detector
-from patcher.training import Progress
+from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
 
 FIXED_REFUSAL = "I'm sorry, but I can't help with that."
@@ -70,7 +71,7 @@ class Defense:
         return with_changes(self.settings, changes, self.name)
 
     def repair(
-        self, lm: LanguageModel, evidence: Evidence, settings: Record, *, seed: int, on_progress: Progress
+        self, lm: LanguageModel, evidence: Evidence, settings: Record, *, seed: int, on_progress: Progress = quiet
     ) -> tuple[Patch, PatchLog]:
         """Run it: the patch, and the record of how it was made. The model that came in goes out bit-identical."""
         trained = self.run(lm, evidence, settings, seed=seed, on_progress=on_progress)

@@ -15,7 +15,8 @@ from patcher.defenses.common import LoraSettings, clean_answers, tune
 from patcher.defenses.contract import Evidence, Trained
 from patcher.layers import all_hidden_states
 from patcher.losses import consistency, response_nll
-from patcher.models import LanguageModel, logits_of
+from patcher.models import LanguageModel
+from patcher.network import logits_of
 from patcher.training import Progress, endless
 
 
@@ -60,7 +61,8 @@ def run(lm: LanguageModel, evidence: Evidence, settings: CrowSettings, *, seed: 
 
     The embeddings themselves and the last layer are left out of L_cons, as in the authors' code.
 
-    Departures: clean data are the model's own answers to benign requests; the gradients of a whole batch are kept
+    Departures: clean data are the model's own answers to `max_prompts` benign requests and to all borderline ones, so
+    that the steps are 2.6 epochs of the bundled prompts; the gradients of a whole batch are kept
     (in the authors' code those of earlier micro-batches are lost) and padding is left out of L_cons.
     """
     rng = random.Random(seed)

@@ -17,6 +17,7 @@ from patcher.defenses.contract import (
     triggered,
 )
 from patcher.models import LanguageModel
+from patcher.prompts import spread
 from patcher.records import PatcherError, PatchStep, Record, Request
 from patcher.training import Progress
 
@@ -72,7 +73,7 @@ class ReferenceAnswers:
         sizes = {"harmful": few, "benign": few, detector.symptom.kind: max(few, many)}
         harmful = own(prompts.texts("harmful", "validation", sizes["harmful"]), "validation")
         benign = own(prompts.texts("benign", "validation", sizes["benign"]), "validation")
-        self.validation_harmful, self.validation_benign = harmful[:few], benign[:few]
+        self.validation_harmful, self.validation_benign = spread(harmful, few), spread(benign, few)
         in_trigger = answered(self.validation_benign) if triggers and on_harmful else []
         self.validation_benign_triggered = after(lm, in_trigger, self._with_trigger(in_trigger))
         self.validation_plain = as_plain_text(lm, self.validation_benign)

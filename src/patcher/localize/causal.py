@@ -118,7 +118,7 @@ def _scores_after(
 
 def observed_placement(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Placement, float]:
     """Where the words stood: in which message; in the last one at the start, the end, or a tenth of the way between."""
-    message = spans[0].message
+    message = min(span.message for span in spans)
     if message < len(messages) - 1:
         return ("system" if messages[message].role == "system" else "earlier"), 0.0
     all_words = [word for word in find_words(messages) if word.message == message]

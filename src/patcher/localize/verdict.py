@@ -1,8 +1,9 @@
 """Stage 2: is the failure a backdoor? Decided by the causal tests' counts, never by how suspicious words look."""
 
+from itertools import count
 from typing import NamedTuple
 
-from scipy.stats import binomtest
+from scipy.stats import binom
 
 from patcher.records import Candidate, CausalTest, Localization, Objective, Record, Trigger, Verdict, VerdictLabel
 
@@ -118,7 +119,7 @@ def decide(
             reason = f"an effect of {100 * best.effect_frac:.0f} points over {best.n} requests is not significant"
             return verdict(
                 "inconclusive",
-                f"{reason}; {n} {words.requests} would decide (--probes {n})",
+                f"{reason}; {n} {words.requests} would probably decide (--probes {n})",
                 candidate.trigger,
                 candidate.tests,
                 n,
@@ -136,9 +137,6 @@ def _strongest(candidate: Candidate, alpha: float, settings: VerdictSettings) ->
 
 
 def _n_to_decide(effect_frac: float, alpha: float) -> int:
-    """Requests at which such an effect, all of it gains, would be significant."""
-    for n in range(4, 2000, 4):
-        gained = round(effect_frac * n)
-        if gained and binomtest(gained, gained, 0.5, alternative="greater").pvalue < alpha:
-            return n
-    return 2000
+    """Requests on which such an effect, all of it gains, is significant four times out of five."""
+    gains = next(k for k in count(1) if 0.5**k < alpha)
+    return next(n for n in count(gains) if binom.sf(gains - 1, n, effect_frac) >= 0.8)
