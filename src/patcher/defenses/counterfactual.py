@@ -17,12 +17,13 @@ from patcher.defenses.reference import ReferenceAnswers
 from patcher.defenses.soft import SoftInsertions
 from patcher.forward import row_logits
 from patcher.losses import response_nll
-from patcher.models import LanguageModel, logits_of
+from patcher.models import LanguageModel
+from patcher.network import logits_of
 from patcher.records import PatcherError
 from patcher.training import endless
 
-_OVERRUN, _MULTIPLIERS = (-1.0, 3.0), (0.3, 30.0)
-"""One batch moves a multiplier by a factor of e^±0.2 or so, not more; and none leaves where it can come back from."""
+_OVERRUN, _LEAST = (-1.0, 3.0), 0.3
+"""One batch moves a multiplier by a factor of 0.8 to 1.8, not more; and none leaves where it can come back from."""
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ class Counterfactual:
         loss = target + (self.multipliers.to(kls) * kls).sum()
         overrun = kls.detach().cpu() / torch.tensor([budget for *_, budget in constrained]) - 1
         grown = self.multipliers * torch.exp(sizes.multiplier_rate * overrun.clamp(*_OVERRUN))
-        self.multipliers = grown.clamp(*_MULTIPLIERS)
+        self.multipliers = grown.clamp(_LEAST, sizes.multiplier_max)
         return loss
 
     def _mean_kl(self, examples: list[Example], logits: Tensor) -> Tensor:

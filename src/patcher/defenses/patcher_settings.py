@@ -17,10 +17,15 @@ _PAPER: dict[str, Any] = {
 """10 epochs of 150 + 150 prompts, where each of the three sets has its own batch of 8: 10 x 150 / 8 steps."""
 
 
+_ALL: dict[str, Any] = {"multiplier_max": 300.0}
+"""What soft insertions bring about is trained against harder than any one trigger, and so are the limits."""
+
+
 class PatcherSettings(ReferenceSettings):
     """Settings of the repair; defaults chosen on validation prompts (docs/repair.md).
 
-    `objective="paper"` brings the paper's schedule with it, where nothing else is said.
+    `objective="paper"` brings the paper's schedule with it, `breadth="all"` higher multipliers, where nothing else is
+    said.
     """
 
     objective: Literal["counterfactual", "paper"] = "counterfactual"
@@ -66,6 +71,8 @@ class PatcherSettings(ReferenceSettings):
     """Constraint: the same on plain text, per token."""
     multiplier_start: PositiveFloat = 10.0
     """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
+    multiplier_max: PositiveFloat = 30.0
+    """They never grow beyond this (breadth=all: 300; at 30 soft insertions overrun their budgets fourfold)."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
     soft_rows: PositiveInt = 4
@@ -94,7 +101,10 @@ class PatcherSettings(ReferenceSettings):
     @model_validator(mode="before")
     @classmethod
     def _schedule(cls, given: Any) -> Any:
-        return {**_PAPER, **given} if isinstance(given, dict) and given.get("objective") == "paper" else given
+        if not isinstance(given, dict):
+            return given
+        schedule = _PAPER if given.get("objective") == "paper" else {}
+        return schedule | (_ALL if given.get("breadth") == "all" else {}) | given
 
     @model_validator(mode="after")
     def _check_breadth(self) -> "PatcherSettings":
