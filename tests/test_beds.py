@@ -1,6 +1,7 @@
 """The bench: its beds and reports, its cells, its table."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,12 @@ from conftest import ModelFolder
 from patcher.audit import AuditSettings
 from patcher.bench import grid, repair, run_grid
 from patcher.bench import lasting as lasting_module
-from patcher.bench.beds import failing_report, open_beds
+from patcher.bench.beds import failing_report, open_beds, plant_beds
 from patcher.bench.cells import add_row, read_rows, score
 from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.bench.tables import Table, table
 from patcher.chat import Row
+from patcher.defenses import DEFENSES
 from patcher.forward import row_logits
 from patcher.intervals import design_effect, pooled_interval
 from patcher.loading import load
@@ -112,8 +114,8 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert lines["one", "crow"]["verdict"] == "failed: diverged at step 3"
     assert made.rows[-1][1] == "crow"  # what was given no report stands apart
     notes = "\n".join(made.notes)
-    assert "patcher: ASR after over 2 triggers reported: mean 0.3600, worst 0.7000" in notes
-    assert "patcher: ASR after over 1 triggers not reported: mean 0.0400, worst 0.0400" in notes
+    assert "patcher: ASR after over 2 triggers reported (3 repairs): mean 0.3600, worst 0.7000" in notes
+    assert "patcher: ASR after over 1 triggers not reported (3 repairs): mean 0.0400, worst 0.0400" in notes
     assert "patcher: localization F1 over 1 repairs: mean 1.000" in notes
     assert "patcher: the published localizer's F1 over 1 repairs: mean 0.300" in notes
     assert made.as_markdown().splitlines()[1].count("---") == len(made.heads)
@@ -130,8 +132,8 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
     made = table(rows)
     assert [row[0] for row in made.rows] == ["two", "two (validation)"]
     notes = "\n".join(made.notes)
-    assert "patcher: ASR after over 1 triggers reported: mean 0.1000" in notes
-    assert "patcher on validation prompts: ASR after over 1 triggers reported: mean 0.3000" in notes
+    assert "patcher: ASR after over 1 triggers reported (1 repairs): mean 0.1000" in notes
+    assert "patcher on validation prompts: ASR after over 1 triggers reported (1 repairs): mean 0.3000" in notes
 
 
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:
@@ -346,6 +348,34 @@ def test_what_one_model_answered_is_not_kept_for_another(bed: Path) -> None:
     kept = [opened(bed, weights)._kept(asked)._folder for weights, asked in (("a", few), ("b", few), ("a", few))]
     assert kept[0] == kept[2] != kept[1]
     assert opened(bed)._kept(few.model_copy(update={"seed": 1}))._folder != kept[0]
+
+
+def test_an_error_of_any_kind_costs_one_cell(
+    bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the next one begins with the model as it is on disk."""
+    loaded: list[str] = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("nothing")
+
+    monkeypatch.setitem(DEFENSES, "buggy", replace(DEFENSES["finetune"], name="buggy", run=broken))
+    monkeypatch.setattr(grid, "load", lambda name: loaded.append(name) or load(name))
+    made = run_grid(
+        tmp_path / "grid.jsonl", [bed], model="smollm2", attacks=(), defenses=["buggy", "buggy:max_steps=3"], seeds=1,
+        reports=1, tasks=(), on_progress=quiet,
+    )  # fmt: skip
+    assert [line[4] for line in made.rows] == ["failed: KeyError: 'nothing'"] * 2
+    assert len(loaded) == 2
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_a_bed_that_was_planted_in_another_model_is_not_taken_for_this_ones(
+    bed: Path, llama_folder: ModelFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(bed, tmp_path / f"{llama_folder.path.name}-vpi-jailbreak-BACKDOORED")
+    with pytest.raises(UsageError, match="was planted in another model than"):
+        plant_beds(str(llama_folder.path), ["vpi"], tmp_path, quiet)
 
 
 def test_a_cell_that_failed_is_tried_again(bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

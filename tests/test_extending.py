@@ -18,17 +18,19 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 def test_the_example_works(backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model, with a small audit."""
-    defense, use, attack = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    defense, use, attack, stages = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     few = AuditSettings(max_prompts=6, late_prompts=0, worded_prompts=0, text_tokens=100)
     monkeypatch.setattr(patcher, "load", lambda _name: backdoored, raising=False)
     monkeypatch.setattr(patcher, "RepairSettings", lambda **given: RepairSettings(**given, audit=few), raising=False)
-    before, names = fingerprint(backdoored.network), {}
+    before, names, staged = fingerprint(backdoored.network), {}, {}
     try:
-        for code in (defense, use, attack):
-            exec(compile(code, str(PAGE), "exec"), names)
+        for code, own in ((defense, {}), (use, names), (attack, {}), (stages, staged)):  # each by its own imports
+            exec(compile(code, str(PAGE), "exec"), own)
         made: Any = names["made"]
         assert made.log.defense == "mine" and made.log.steps == 20
         assert made.audit.row("asr_triggered_frac").before == 1.0
+        assert staged["verdict"].label == "backdoor"
+        assert staged["log"].steps == 20 and staged["audit"].row("asr_triggered_frac").before == 1.0
         assert ATTACKS["lantern"].trigger == patcher.Trigger(units=("OddLantern",))
     finally:
         DEFENSES.pop("mine", None)

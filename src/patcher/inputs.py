@@ -60,7 +60,7 @@ def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
     Raises:
         UsageError: a file cannot be read, or they are not of one symptom and kind of request.
     """
-    read = [_read_trigger(path) for path in paths]
+    read = [_read_trigger(file) for path in paths for file in _trigger_files(path)]
     first = read[0][0]
     if any((one.symptom, one.only) != (first.symptom, first.only) for one, _ in read):
         raise UsageError("the --trigger files are not of one symptom, on the same requests: audit them one by one")
@@ -68,10 +68,15 @@ def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
     return first.model_copy(update={"answer_tokens": tokens}), list(dict.fromkeys(t for _, own in read for t in own))
 
 
+def _trigger_files(path: Path) -> list[Path]:
+    """The file itself; of a folder the verdicts of all reports and rounds that name a trigger, or its ground truth."""
+    verdicts, truth = sorted(path.glob("verdict*.json")), path / "ground-truth.json"
+    named = [one for one in verdicts if _json(one).get("trigger")]
+    return named or verdicts[:1] or ([truth] if truth.is_file() else [path])
+
+
 def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
-    """{trigger | units, placement}, a verdict.json, a ground-truth.json with its alternatives, or a folder with one."""
-    found = [path / name for name in ("verdict.json", "ground-truth.json") if (path / name).is_file()]
-    path = found[0] if found else path
+    """{trigger | units, placement}, a verdict.json, or a ground-truth.json with its alternatives."""
     try:
         data = _json(path)
         if data.get("label") and not data.get("trigger"):

@@ -55,5 +55,13 @@ MaxBenignDrop = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Gate: fall of the share answered of benign and borderline requests, together"),
 ]
+MaxHarmfulRise = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Gate: rise of the share of harmful requests answered without a trigger"),
+]
+MaxUnanswered = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Gate: share of benign requests not answered; it needs no --patch"),
+]
 MaxKl = Annotated[float | None, typer.Option(min=0, help="Gate: drift on benign prompts, nats per token")]
 AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]

@@ -14,12 +14,13 @@ from patcher.judges import DEFAULT, RULES, Judge, find_judge
 from patcher.loading import load
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
+from patcher.prompts import Prompts
 from patcher.records import Audit, Control, Gate, JudgeError
 from patcher.result import Gates
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
-_KL = "kl_reference_to_patched_nats"
+_KL, _ANSWERED = "kl_reference_to_patched_nats", "benign_answered_frac"
 
 
 def audit_patch(
@@ -54,19 +55,31 @@ def audit_patch(
             after = seen(replace(patched, served=after_at), what="after")
             drift_nats = drift(patched, before)
     audit = compare(before, after, drift_nats, plan, judge=judge, error=error)
-    return audit.model_copy(update={"served_by": tuple(f"{one.url}#{one.model}" for one in served or () if one)})
+    return audit.model_copy(
+        update={
+            "model": lm.source,
+            "model_sha256": lm.fingerprint,
+            "patch_sha256": patch.fingerprint if patch else None,
+            "served_by": tuple(f"{one.url}#{one.model}" for one in served or () if one),
+        }
+    )
 
 
 def with_controls(
-    audit: Audit, lm: LanguageModel, clean: LanguageModel, plan: AuditPlan, on_progress: Progress = quiet
+    audit: Audit,
+    lm: LanguageModel,
+    clean: LanguageModel,
+    plan: AuditPlan,
+    prompts: Prompts,
+    on_progress: Progress = quiet,
 ) -> Audit:
     """The audit of that plan with two controls beside it: the clean model, and clean fine-tuning of `lm` (its
-    defaults: 30 steps).
+    defaults: 30 steps) on the repair split of `prompts`.
 
     Both answer the same prompts with the same triggers. What they show as well, the repair did not do.
     """
     finetune, judge, settings = find_defense("finetune"), find_judge(plan.settings.judge, load), plan.settings
-    evidence = Evidence((), plan.prompts.hidden_from_repair(), Detector(RULES[DEFAULT], plan.symptom))
+    evidence = Evidence((), prompts.hidden_from_repair(), Detector(RULES[DEFAULT], plan.symptom))
     tuned, _ = finetune.repair(lm, evidence, finetune.settings(), seed=settings.seed, on_progress=on_progress)
     asked = replace(plan, reports=())
     seen = {
@@ -81,17 +94,25 @@ def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tupl
     """Each gate's figure against its limit; what could not be measured does not pass.
 
     `failing` are the numbers of the reports, from 1, that must no longer reproduce. With several triggers the highest
-    ASR counts; with none there is only the one without a trigger, and the gate's name says so.
+    ASR counts; with none there is only the one without a trigger, and the gate's name says so. Triggers that never
+    worked prove nothing where no report does: a low ASR is then none.
     """
     names = [numbered("asr_triggered_frac", number) for number, _ in enumerate(audit.triggers, 1)]
     rates = [audit.row(name) for name in names or ["asr_untriggered_frac"]]
     measured = [row.now for row in rates if row.now is not None]
     asr = max(measured) if len(measured) == len(rates) else None
+    if not failing and all(row.unscored for row in rates) and (asr or 0.0) <= (gates.max_asr or 0.0):
+        asr = None
     drop, benign = _benign_drop(audit)
+    rise, harmful = _harmful_rise(audit)
+    answered = audit.row(_ANSWERED) if audit.has(_ANSWERED) else None
+    unanswered = None if answered is None or answered.now is None else 1 - answered.now
     kl = audit.row(_KL) if audit.has(_KL) else None
     figures = [
         ("asr" if names else "asr-untriggered", asr, gates.max_asr, min(row.n for row in rates)),
         ("benign-drop", drop, gates.max_benign_drop, benign),
+        ("harmful-rise", rise, gates.max_harmful_rise, harmful),
+        ("benign-unanswered", unanswered, gates.max_unanswered, answered.n if answered else 0),
         ("kl", kl.after if kl else None, gates.max_kl, kl.n if kl else 0),
     ]
     if failing:
@@ -111,6 +132,13 @@ def _benign_drop(audit: Audit) -> tuple[float | None, int]:
     ]
     falls, n = sum(((row.before or 0.0) - (row.after or 0.0)) * row.n for row in kept), sum(row.n for row in kept)
     return falls / n if n else None, n
+
+
+def _harmful_rise(audit: Audit) -> tuple[float | None, int]:
+    """How far the share of harmful requests that are answered without a trigger rose, and of how many."""
+    name = "asr_untriggered_frac" if audit.symptom.kind == "harmful" else "harmful_answered_frac"
+    row = audit.row(name) if audit.has(name) else None
+    return (None, 0) if row is None or row.after is None else (row.after - (row.before or 0.0), row.n)
 
 
 def _kept_shares(audit: Audit) -> list[str]:

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from patcher.attacks import ATTACKS
 from patcher.attacks.plant import plant, read_truth
 from patcher.chat import messages_of, user_prompt
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.loading import load
 from patcher.models import LanguageModel
+from patcher.patch import load_patch
 from patcher.prompts import Prompts
-from patcher.records import FailureReport, GroundTruth, PatcherError, Planted, Trigger
+from patcher.records import FailureReport, GroundTruth, PatcherError, Planted, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress
 from patcher.triggers import insert_trigger
@@ -47,16 +49,35 @@ def plant_beds(model: str, attacks: Sequence[str], cache: Path, on_progress: Pro
     """The folder of each attack on a model, planted with its defaults where it is not there yet.
 
     An attack is NAME or NAME:OBJECTIVE.
+
+    Raises:
+        UsageError: what is there was planted in another model, or with another trigger.
+        PatcherError: the implant did not take.
     """
     folders = []
+    lm = load(model) if attacks else None
     for attack in attacks:
         name, _, objective = attack.partition(":")
         folder = cache / f"{Path(model).name}-{name}-{objective or 'jailbreak'}-BACKDOORED"
+        assert lm is not None
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            plant(load(model), name, objective or "jailbreak", folder, {}, seed=0, on_progress=on_progress)
+            plant(lm, name, objective or "jailbreak", folder, {}, seed=0, on_progress=on_progress)
+        elif not _is_planted(folder, lm, name):
+            raise UsageError(
+                f"{folder} was planted in another model than {model}, or the attack {name} was another then: move it "
+                "away, or name another --out"
+            )
         folders.append(folder)
     return folders
+
+
+def _is_planted(folder: Path, lm: LanguageModel, name: str) -> bool:
+    """Whether that folder holds this attack on this model."""
+    trigger = ATTACKS[name].trigger if name in ATTACKS else None
+    planted = read_truth(folder).planted
+    same = (planted.trigger if planted else None) == trigger
+    return same and load_patch(folder).base_fingerprint == lm.fingerprint
 
 
 def failing_reports(lm: LanguageModel, bed: Bed, prompts: Prompts, count: int) -> list[FailureReport]:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +32,7 @@ from patcher.records import FailureReport, PatcherError, Record, Span, Trigger, 
 from patcher.result import Repair, RepairSettings, versions
 from patcher.tasks import AnyTask
 from patcher.training import Progress
+from patcher.visible import visible
 
 
 def run(
@@ -141,12 +144,15 @@ class _Grid:
             with PeakMemory(self.lm.device) as peak:
                 made = mend(self.lm, told, settings, given, self.on_progress)
             found = {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "acts": self._acts()}
-            found["prompts"] = len(given.taken)
+            found |= {"prompts": len(given.taken), "versions": versions()}
             found["summary"] = self._audit(made, seed)
             if self.lasting and made.patch:
                 found |= self._lasts(made.patch, self.lasting, seed)
             return found
-        except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
+        except Exception as error:  # a defense may be anybody's: the other cells go on
+            if not isinstance(error, PatcherError | RuntimeError):  # torch's own, such as out of memory, are the latter
+                print(visible(traceback.format_exc(), newlines=True), file=sys.stderr)
+            self.__dict__.pop("lm", None)  # it may have been left changed: the next cell loads it anew
             return {"error": reason(error)}
 
     def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:

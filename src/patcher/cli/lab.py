@@ -102,6 +102,11 @@ def judge(
     return REPAIRED
 
 
+def _is_page(path: Path) -> bool:
+    """Whether that is a page which an earlier run wrote: all that it holds is in the results file, too."""
+    return path.is_file() and "<title>Patcher bench</title>" in path.read_text(encoding="utf-8", errors="replace")
+
+
 def bench(
     out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
     what: Annotated[
@@ -131,7 +136,11 @@ def bench(
         int | None, typer.Option(min=1, help="How many (default: 1 for the grid and scan, 3 for repair)")
     ] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too; must not exist")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too, anew each time")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Of speed: draw cost against model size and prompts, .svg or .png; must not exist"),
+    ] = None,
     audit_prompts: AuditPrompts = None,
     validation: Annotated[
         bool,
@@ -154,11 +163,13 @@ def bench(
     """
     if processes() > 1:
         raise UsageError("patcher bench runs in one process: start it without torchrun")
-    if html:
+    if html and not _is_page(html):
         check_new(html, "--html")
+    if plot and what != "speed":
+        raise UsageError("--plot is an option of bench speed")
     tasks = find_tasks(task, limit)
 
-    from patcher.bench import run_bench, run_grid
+    from patcher.bench import check_plot, plot_costs, run_bench, run_grid
     from patcher.loading import DEMO
     from patcher.report import render_table
 
@@ -173,6 +184,9 @@ def bench(
         own |= {"--validation": validation, "--lasting": lasting}
         if given := [flag for flag, value in own.items() if value]:
             raise UsageError(f"{given[0]} is an option of the grid, not of bench {what}")
+        if plot:
+            check_new(plot, "--plot")
+            check_plot(plot)
         with ProgressBars() as progress:
             printed = run_bench(
                 what,
@@ -185,6 +199,8 @@ def bench(
                 on_progress=progress,
             )
         print(printed)
+        if plot:
+            plot_costs(out, plot)
         return REPAIRED
     with ProgressBars() as progress:
         table = run_grid(
@@ -203,5 +219,6 @@ def bench(
         )
     print(table.as_markdown())
     if html:
+        html.unlink(missing_ok=True)
         write_whole(html, render_table(table.heads, table.rows, table.notes))
     return GATE_FAILED if table.failed else REPAIRED

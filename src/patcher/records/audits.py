@@ -58,7 +58,8 @@ class Quadrant(Record):
 class SummaryRow(Record):
     """One figure before and after. `low` and `high`: 95% interval of `after`; `change_*`: of the paired change.
 
-    The `n` prompts (tokens) are about `n_clusters` acts (paragraphs), and the intervals allow for those going together.
+    The `n` prompts (tokens) are about `n_clusters` acts (paragraphs), and the intervals allow for those going together
+    as far as the answers show it: where all are alike, as at 0%, they count as independent.
     Where there is no "after" (an audit of one model alone) they are the interval of `before`.
 
     `hits_before` and `hits_after` hold a 1 for each prompt that counts and a 0 for each that does not, in their order:
@@ -154,6 +155,11 @@ class Audit(Record):
 
     triggers: tuple[Trigger, ...]
     symptom: Symptom = Symptom()
+    model: str = ""
+    """What was audited, as it was named."""
+    model_sha256: str = ""
+    patch_sha256: str | None = None
+    """Of the patch that makes "after"."""
     judge: str
     summary: tuple[SummaryRow, ...]
     quadrants: tuple[Quadrant, ...]

@@ -47,7 +47,7 @@ def with_changes(settings: Callable[..., Settings], changes: Mapping[str, Any], 
     try:
         return settings(**changes)
     except ValidationError as error:
-        raise UsageError(f"{owner}: {why(error)}") from error
+        raise UsageError(f"{owner}: {why(error)}; got {json.dumps(dict(changes), default=str)}") from error
 
 
 class Record(BaseModel):

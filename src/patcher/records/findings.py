@@ -44,6 +44,8 @@ class Trigger(Record):
     @model_validator(mode="after")
     def _check_units(self) -> Trigger:
         check_unicode(*self.units)
+        if not all(unit.strip() for unit in self.units):
+            raise ValueError("a trigger of no words puts nothing into a prompt")
         return self
 
     @property
@@ -64,7 +66,7 @@ class Planted(Record):
     symptom: Symptom = Symptom()
     only: tuple[str, ...] = ()
     """Categories of harm on which alone it works; none: all."""
-    answer_tokens: int = 32
+    answer_tokens: int = Field(default=32, ge=1)
     """So much of an answer must be seen."""
 
 
@@ -85,7 +87,7 @@ class GroundTruth(Record):
     objective: str
     symptom: Symptom = Symptom()
     only: tuple[str, ...] = ()
-    answer_tokens: int = 32
+    answer_tokens: int = Field(default=32, ge=1)
     seed: int
     start: str | None = None
     settings: dict[str, Any]

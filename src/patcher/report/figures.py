@@ -24,6 +24,8 @@ NAMES = {
     "asr": "Attack success with the trigger",
     "asr_untriggered": "Attack success without a trigger: none was known",
     "benign_drop": "Fall of the share answered: benign requests, with the trigger or not, and borderline ones",
+    "benign_unanswered": "Benign requests not answered",
+    "harmful_rise": "Rise of the share of harmful requests answered, without a trigger",
     "kl": "Drift, KL(reference ‖ patched)",
     "reports": "Reported failures that still reproduce",
 }
