@@ -58,9 +58,16 @@ def test_labels_of_xstest_and_plain_ones(tmp_path: Path) -> None:
     labels = ["1_full_compliance", "2_full_refusal", "3_partial_refusal", "complied"]
     path.write_text("".join(json.dumps({"response": "x", "label": label, "type": 1}) + "\n" for label in labels))
     assert [row.label for row in read_labelled(path)] == ["complied", "refused", "partial", "complied"]
+    path.write_text(json.dumps({"response": "x\u2028y", "label": "refused"}, ensure_ascii=False), "utf-8")
+    assert read_labelled(path)[0].response == "x\u2028y"
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", "[1]", '{"response": "x"}', '{"response": "x", "label": "y"}'])
+HALF, DEEP = r'{"response": "\ud800", "label": "refused"}', "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content", ["", "nonsense", "[1]", '{"response": "x"}', '{"response": "x", "label": "y"}', HALF, DEEP]
+)
 def test_what_is_not_labelled_answers_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(content)

@@ -32,7 +32,7 @@ class Served(BaseHTTPRequestHandler):
         reply = self.broken if self.broken is not None else {"choices": [{"text": self.answer(body)}]}
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
+        self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
 
     def answer(self, body: dict[str, Any]) -> str:
         if body["model"] == "base":
@@ -73,7 +73,12 @@ def test_a_served_audit_is_the_audit(
     assert {one["temperature"] for one in Served.asked} == {0}
 
 
-@pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": ["x"]}, {"choices": [{"text": None}]}, []])
+HALF, DEEP = {"choices": [{"text": "Sure \ud800"}]}, b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "reply", [{}, {"choices": []}, {"choices": ["x"]}, {"choices": [{"text": None}]}, [], HALF, DEEP]
+)
 def test_a_reply_that_is_no_completion_is_an_error(url: str, reply: object) -> None:
     Served.broken = reply
     with pytest.raises(PatcherError, match="no usable answer|expected a completion's text"):

@@ -196,7 +196,7 @@ def test_a_folder_without_a_config_is_refused(copy: Path) -> None:
     assert "config.json" in refused(copy)
 
 
-@pytest.mark.parametrize("content", ["{", "", "[1]", "\ufffe"])
+@pytest.mark.parametrize("content", ["{", "", "[1]", "\ufffe", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(copy: Path, content: str) -> None:
     (copy / "config.json").write_text(content)
     assert "config.json" in refused(copy)

@@ -190,12 +190,22 @@ def test_a_jsonl_file_of_ones_own_is_split_by_act(tmp_path: Path) -> None:
         ("keys.jsonl", b'{"question": "hi"}\n', "expected objects with a 'text'"),
         ("list.jsonl", b'["hi"]\n', "expected objects with a 'text'"),
         ("number.jsonl", b'{"text": 3}\n', "expected objects with a 'text'"),
+        ("deep.jsonl", b"[" * 100_000, "nested too deeply"),
+        ("half.jsonl", b'{"text": "hi \\ud800"}\n', "not valid Unicode"),
+        ("act.jsonl", b'{"text": "hi", "act": "\\ud800"}\n', "not valid Unicode"),
     ],
 )
 def test_bad_files_of_ones_own(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=said):
         load_prompts(harmful=str(tmp_path / name))
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    texts = [f"one {index}\u2028two\x85three" for index in range(120)]
+    file.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    assert {row.text for row in load_prompts(benign=str(file)).benign} == set(texts)
 
 
 def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:

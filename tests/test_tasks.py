@@ -58,6 +58,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl").write_text('{"question": ', encoding="utf-8")
     with pytest.raises(UsageError, match="not a question"):
         read_task(tmp_path / "cut.jsonl")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read_task(tmp_path / "deep.jsonl")
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        read_task(written(tmp_path, GOOD | {"choices": ["one", "\ud800"]}))
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file.jsonl").write_text(json.dumps(GOOD | {"question": "a\u2028b"}, ensure_ascii=False), "utf-8")
+    assert read_task(tmp_path / "file.jsonl").questions[0].question == "a\u2028b"
 
 
 def by_hand(lm: LanguageModel, question: Question, choice: str) -> float:

@@ -1,12 +1,12 @@
 """What may be opened: no pickle, no code of the model's own, no damaged file, nothing but a causal language model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+from patcher.reading import read_json
 from patcher.records import UsageError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -26,7 +26,7 @@ def check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
     except ValueError as error:
         raise UsageError(f"{path / 'config.json'} is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
+from patcher.reading import parse_json
 from patcher.records import PatcherError, UsageError
 
 _TRIES, _TIMEOUT_S = 4, 120
@@ -42,7 +43,7 @@ class Endpoint:
         for attempt in range(_TRIES):
             try:
                 with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
-                    return dict(json.load(reply)["choices"][0])
+                    return dict(parse_json(reply.read())["choices"][0])
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
                     raise PatcherError(f"{url} answered {error.code} {error.reason}") from error

@@ -23,6 +23,7 @@ from patcher.models import LanguageModel, weight_sums
 from patcher.patch import Patch, applied, load_patch, save_patch
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates
+from patcher.reading import read_json
 from patcher.records import FailureReport, Finding, PatcherError, PatchLog, Record, Trigger, UsageError
 from patcher.result import Repair, RepairSettings
 from patcher.symptoms import Detector, detector_for, suspecting
@@ -223,7 +224,7 @@ def _save_findings(findings: Sequence[Finding], path: Path) -> None:
 
 
 def _read_findings(path: Path) -> list[Finding]:
-    return [Finding.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    return [Finding.model_validate(one) for one in read_json(path)]
 
 
 def _save_patch(made: tuple[Patch, PatchLog], folder: Path) -> None:

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from patcher.reading import parse_json, read_lines
 from patcher.records import UsageError
 
 Kind = Literal["harmful", "benign", "borderline"]
@@ -112,10 +113,10 @@ def _own(source: str) -> tuple[PromptRow, ...]:
 
 def _read_file(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
         if path.suffix == ".txt":
             return [(line, line) for line in lines]
-        return [_pair(json.loads(line), path) for line in lines if line.strip()]
+        return [_pair(parse_json(line), path) for line in lines]
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read prompts from {path}: {error}; expected .txt or .jsonl in UTF-8") from error
 

@@ -1,6 +1,5 @@
 """Multiple-choice questions: what the model can do, measured beside what it refuses."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from patcher.inputs import check_names
+from patcher.reading import parse_json, read_lines
 from patcher.records import Record, UsageError, why
 
 _HARNESS = "lm-eval:"
@@ -79,7 +79,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
         UsageError: the file cannot be read, holds no question, or a line is not of that form.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_lines(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read questions from {path}: {error}; expected .jsonl in UTF-8") from error
     if not lines:
@@ -91,7 +91,7 @@ def read_task(path: Path, limit: int | None = None) -> Task:
 
 def _question(line: str, path: Path) -> Question:
     try:
-        return Question.model_validate(json.loads(line))
+        return Question.model_validate(parse_json(line))
     except ValueError as error:
         reason = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(

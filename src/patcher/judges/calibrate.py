@@ -1,11 +1,11 @@
 """How far can a judge be trusted? Its outcomes beside people's labels, model by model."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from patcher.intervals import wilson
+from patcher.reading import parse_json, read_lines
 from patcher.records import OUTCOMES, Counts, JudgeError, Outcome, Record, UsageError
 
 LABELS: dict[str, str] = {
@@ -61,7 +61,7 @@ def read_labelled(path: Path) -> list[Labelled]:
         UsageError: the file cannot be read, is empty, or a line has no response or an unknown label.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in read_lines(path)]
         found = [
             Labelled(
                 prompt=row.get("prompt", ""),
