@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ModelFolder
 from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
+from patcher.loading import demo_adapter
 from patcher.lora import lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
@@ -345,6 +346,14 @@ def overwrite(name: str, text: str):
         (edit_json(patch_module.CONFIG, lora_alpha=400), "was altered"),
         (edit_json(patch_module.CONFIG, r=1), "was altered"),
         (edit_json(patch_module.CONFIG, r="two"), "not a readable"),
+        (edit_json(patch_module.CONFIG, r=0), "expected a positive integer"),
+        (edit_json(patch_module.CONFIG, r=10**30), "expected a positive integer"),
+        (edit_json(patch_module.CONFIG, lora_alpha=True), "expected a positive integer"),
+        (edit_json(patch_module.CONFIG, alpha_pattern={"q_proj": 0}), "was altered: adapter_config.json"),
+        (edit_json(patch_module.CONFIG, use_rslora=True), "was altered: adapter_config.json"),
+        (edit_json(patch_module.CONFIG, target_modules=["q_proj"]), "was altered: adapter_config.json"),
+        (edit_json(patch_module.PATCH, base_source=5), "base_source is 5, expected text"),
+        (overwrite(patch_module.PATCH, "[" * 100_000), "nested too deeply"),
         (edit_json(patch_module.PATCH, base_fingerprint="0" * 64), "was altered"),
         (edit_json(patch_module.PATCH, fingerprint=None), "was altered"),
         (overwrite(patch_module.PATCH, "{"), "not a readable"),
@@ -359,6 +368,60 @@ def test_a_spoilt_adapter_is_refused(saved: tuple[Patch, Path], spoil, said: str
     spoil(saved[1])
     with pytest.raises(UsageError, match=said):
         load_patch(saved[1])
+
+
+def forged(patch: Patch, folder: Path, **changes: object) -> Path:
+    """A folder whose hash is that of what it holds, as anybody can write one."""
+    with whole_folder(folder) as building:
+        save_patch(replace(patch, **changes), building, card="")  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        ({"hello": torch.zeros(2)}, "hello is alone"),
+        ({"model.norm.lora_A.weight": torch.zeros(RANK, 32)}, "lora_B.weight is alone"),
+        ({f"x.lora_{part}.weight": torch.zeros(3, 3) for part in "AB"}, f"not of rank {RANK}"),
+        ({f"x.lora_{part}.weight": torch.zeros(RANK) for part in "AB"}, f"not of rank {RANK}"),
+    ],
+)
+def test_a_forged_adapter_without_pairs_is_refused(
+    saved: tuple[Patch, Path], tmp_path: Path, add: dict[str, torch.Tensor], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_patch(forged(saved[0], tmp_path / "forged", tensors={**saved[0].tensors, **add}))
+
+
+def pair(name: str, into: int, out: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "tensors": {f"{name}.lora_A.weight": torch.zeros(RANK, into), f"{name}.lora_B.weight": torch.zeros(out, RANK)}
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (pair("model.layers.0.self_attn.zz_proj", 32, 32), "zz_proj is no linear layer"),
+        (pair("model.layers.0.mlp.up_proj", 5, 64), r"up_proj is a linear layer of \[64, 32\]"),
+        (pair("model.layers.0.mlp.up_proj", 32, 32), r"up_proj is a linear layer of \[64, 32\]"),
+        (pair("model.norm", 32, 32), "model.norm is no linear layer"),
+        (pair("model.layers", 32, 32), "model.layers is no linear layer"),
+        ({"changed": {"nope.weight": torch.zeros(3)}}, "there is none"),
+        ({"changed": {"model.norm.weight": torch.zeros(3)}}, r"that weight is \[32\]"),
+    ],
+)
+def test_a_forged_adapter_that_fits_no_layer_is_refused(
+    llama: LanguageModel, saved: tuple[Patch, Path], tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    loaded = load_patch(forged(saved[0], tmp_path / "forged", **changes))
+    with unchanged(llama), pytest.raises(UsageError, match=said), applied(loaded, llama):
+        pass
+
+
+def test_every_adapter_that_ships_is_as_patcher_writes_it() -> None:
+    beds = [path.parent for path in (Path(__file__).parents[1] / "testbeds").glob(f"*/{patch_module.PATCH}")]
+    assert all(load_patch(folder).rank for folder in (demo_adapter(), *beds))
 
 
 def test_a_pickled_adapter_is_never_opened(saved: tuple[Patch, Path]) -> None:

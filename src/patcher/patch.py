@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from patcher.checkpoints import check_safetensors
 from patcher.models import LanguageModel, hash_tensors
 from patcher.quantized import add_beside, holds_bits, is_quantized
+from patcher.reading import read_json
 from patcher.records import UsageError
 from patcher.sharding import put, whole
 
@@ -165,17 +166,38 @@ def changing(lm: LanguageModel, names: Sequence[str]) -> Iterator[dict[str, nn.P
 
 
 def check_base(patch: Patch, lm: LanguageModel) -> None:
-    """Raises UsageError when the patch was made for other weights."""
+    """Raises UsageError when the patch was made for other weights, or changes what this network does not have."""
     if patch.base_fingerprint != lm.fingerprint:
         raise UsageError(
             f"this patch fits the base {patch.base_fingerprint[:12]} ({patch.base_source}), but {lm.source} is "
             f"{lm.fingerprint[:12]}: use exactly the model that it was made from"
         )
+    modules, weights = dict(lm.network.named_modules()), dict(lm.network.named_parameters(remove_duplicate=False))
+    for key, tensor in patch.tensors.items():
+        name, *_ = key.rsplit(".lora_", 1)
+        shape, side = _shape(modules.get(name)), int(key.endswith(".lora_A.weight"))
+        if shape is None or tensor.ndim != 2 or tensor.shape[side] != shape[side]:
+            there = f"a linear layer of {list(shape)}" if shape else "no linear layer"
+            raise UsageError(f"this patch does not fit {lm.source}: {key} is {list(tensor.shape)}, {name} is {there}")
+    for name, values in patch.changed.items():
+        weight = weights.get(name)
+        if weight is None or weight.shape != values.shape or not weight.is_floating_point():
+            there = "there is none" if weight is None else f"that weight is {list(weight.shape)} in {weight.dtype}"
+            raise UsageError(f"this patch does not fit {lm.source}: {name} is {list(values.shape)}, {there}")
+
+
+def _shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """Out × in of a linear layer, however its weight is held; None for anything else."""
+    match module:
+        case Conv1D():
+            return module.nf, module.nx
+        case nn.Linear():
+            return module.out_features, module.in_features
+    return None
 
 
 def save_patch(patch: Patch, folder: Path, *, card: str) -> None:
     """Write the adapter, its config, `patch.json` and a model card into a folder that is being built."""
-    modules = sorted({key.rsplit(".lora_", 1)[0] for key in patch.tensors})
     save_file(
         {_PREFIX + key: tensor.contiguous() for key, tensor in patch.tensors.items()},
         folder / WEIGHTS,
@@ -183,25 +205,29 @@ def save_patch(patch: Patch, folder: Path, *, card: str) -> None:
     )
     if patch.changed:
         save_file({name: tensor.contiguous() for name, tensor in patch.changed.items()}, folder / CHANGED)
-    config: dict[str, Any] = {
+    about = {
+        "base_source": patch.base_source,
+        "base_fingerprint": patch.base_fingerprint,
+        "fingerprint": patch.fingerprint,
+    }
+    (folder / CONFIG).write_text(json.dumps(_config(patch), indent=1) + "\n", encoding="utf-8")
+    (folder / PATCH).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _config(patch: Patch) -> dict[str, Any]:
+    """What PEFT must know to compute this very patch; one key more or less, and it would compute another."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": patch.rank,
         "lora_alpha": patch.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": sorted({key.rsplit(".lora_", 1)[0] for key in patch.tensors}),
         "base_model_name_or_path": patch.base_source,
         "inference_mode": True,
     }
-    about = {
-        "base_source": patch.base_source,
-        "base_fingerprint": patch.base_fingerprint,
-        "fingerprint": patch.fingerprint,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / PATCH).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_patch(folder: Path) -> Patch:
@@ -218,15 +244,41 @@ def load_patch(folder: Path) -> Patch:
     for file in files:
         check_safetensors(file)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        about = json.loads((folder / PATCH).read_text(encoding="utf-8"))
+        config, about = read_json(folder / CONFIG), read_json(folder / PATCH)
         tensors = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS).items()}
         changed = load_file(files[1]) if len(files) > 1 else {}
-        base = about["base_fingerprint"], about["base_source"]
-        patch = Patch(tensors, config["r"], config["lora_alpha"], *base, changed)
+        base = _text(about, "base_fingerprint"), _text(about, "base_source")
+        patch = Patch(tensors, _count(config, "r"), _count(config, "lora_alpha"), *base, changed)
         recorded, computed = str(about["fingerprint"]), patch.fingerprint
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise UsageError(f"{folder} is not a readable Patcher adapter: {error!r}") from error
     if computed != recorded:
         raise UsageError(f"{folder} was altered: its hash is {computed[:12]}, recorded {recorded[:12]}")
+    if config != _config(patch):
+        raise UsageError(f"{folder} was altered: {CONFIG} is not what Patcher writes for these tensors: fetch it again")
+    _check_pairs(patch, folder)
     return patch
+
+
+def _count(config: dict[str, Any], name: str) -> int:
+    """A positive integer that a tensor can hold. Raises ValueError."""
+    if type(config[name]) is not int or not 0 < config[name] < 1 << 31:
+        raise ValueError(f"{name} is {config[name]!r}, expected a positive integer")
+    return int(config[name])
+
+
+def _text(about: dict[str, Any], name: str) -> str:
+    if not isinstance(about[name], str):
+        raise ValueError(f"{name} is {about[name]!r}, expected text")
+    return str(about[name])
+
+
+def _check_pairs(patch: Patch, folder: Path) -> None:
+    """Raises UsageError where the tensors are no A and B of the patch's rank for each of its modules."""
+    modules = {key.rsplit(".lora_", 1)[0] for key in patch.tensors}
+    expected = {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    if odd := sorted(expected ^ patch.tensors.keys()):
+        raise UsageError(f"{folder} is no Patcher adapter: expected pairs of lora_A and lora_B, and {odd[0]} is alone")
+    for key, tensor in patch.tensors.items():
+        if tensor.ndim != 2 or tensor.shape[key.endswith(".lora_B.weight")] != patch.rank:
+            raise UsageError(f"{folder}: {key} is {list(tensor.shape)}, which is not of rank {patch.rank}")
