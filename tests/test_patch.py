@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ModelFolder
 from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
-from patcher.loading import demo_adapter
+from patcher.loading import demo_adapter, load
 from patcher.lora import lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
@@ -417,6 +417,14 @@ def test_a_forged_adapter_that_fits_no_layer_is_refused(
     loaded = load_patch(forged(saved[0], tmp_path / "forged", **changes))
     with unchanged(llama), pytest.raises(UsageError, match=said), applied(loaded, llama):
         pass
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(saved: tuple[Patch, Path], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, base in ((one, other), (other, one)):
+        forged(saved[0], folder, base_source=str(base))
+    with pytest.raises(UsageError, match="names itself as its base"):
+        load(str(one))
 
 
 def test_every_adapter_that_ships_is_as_patcher_writes_it() -> None:

@@ -30,13 +30,20 @@ def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_templat
         UsageError: there is no such model, or it is not one that Patcher can or may open.
         PatcherError: the embedded model could not be fetched.
     """
+    return _load(source, (), dtype=dtype, device=device, chat_template=chat_template)
+
+
+def _load(source: str, above: tuple[str, ...], *, dtype: str, device: str, chat_template: Path | None) -> LanguageModel:
+    """The same; `above` are the adapters that it is to be the base of, so that none is its own base."""
     path = demo_adapter() if source == DEMO else Path(source)
     if source not in (DEMO, embedded.NAME) and path.exists():
         source = str(path.resolve())  # a patch that names its base so is found from anywhere, and never on the hub
     if (path / PATCH).is_file():
+        if source in above:
+            raise UsageError(f"{source} names itself as its base: expected a base that ends in a model")
         patch = load_patch(path)
         try:
-            base = load(patch.base_source, dtype=dtype, device=device, chat_template=chat_template)
+            base = _load(patch.base_source, (*above, source), dtype=dtype, device=device, chat_template=chat_template)
         except UsageError as error:
             raise UsageError(f"the base of the adapter {source}: {error}") from error
         return merge(patch, base, source)
