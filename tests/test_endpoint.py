@@ -85,6 +85,36 @@ def test_a_reply_that_is_no_completion_is_an_error(url: str, reply: object) -> N
         Endpoint(url, "base", 0.01).complete([[1, 2, 3]], 4)
 
 
+class Redirect(BaseHTTPRequestHandler):
+    """Sends everybody on, as a server that has been taken over may."""
+
+    to: ClassVar[str]
+
+    def do_POST(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.to)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def test_the_key_does_not_follow_a_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Thief(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(404)
+            self.end_headers()
+
+    seen: list[str] = []
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(Thief) as elsewhere, serving(Redirect) as named:
+        Redirect.to = f"{elsewhere}/stolen"
+        with pytest.raises(PatcherError, match=f"sends on to {elsewhere}/stolen"):
+            Endpoint(named, "base", 0.01).complete([[1]], 4)
+    assert seen == []
+
+
 def test_answers_come_in_the_prompts_order(url: str) -> None:
     done: list[int] = []
     prompts = [[1, 5, number] for number in range(6, 12)]

@@ -19,6 +19,21 @@ WORKERS = 32
 """Requests under way together; the server batches them."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for the server that was named: nobody else is asked, and nobody else gets it."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        """Raises PatcherError, whatever it is sent on to."""
+        raise PatcherError(
+            f"{req.full_url} sends on to {newurl}, which is not followed: name that server if you trust it"
+        )
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A model's name at an address that ends in /v1."""
@@ -42,7 +57,7 @@ class Endpoint:
         }
         for attempt in range(_TRIES):
             try:
-                with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
+                with _OPENER.open(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
                     return dict(parse_json(reply.read())["choices"][0])
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
