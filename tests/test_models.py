@@ -83,6 +83,14 @@ def test_a_pickle_beside_safetensors_is_not_opened(copy: Path, tmp_path: Path) -
     assert not mark.exists()
 
 
+def test_an_adapter_beside_the_model_is_refused_and_never_applied(copy: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "it-ran"
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    (copy / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    assert "merge it first" in refused(copy)
+    assert not mark.exists()
+
+
 def test_a_pickle_given_as_a_file_is_refused_and_never_opened(tmp_path: Path) -> None:
     mark, file = tmp_path / "it-ran", tmp_path / "model.bin"
     file.write_bytes(pickle.dumps(Bomb(mark)))

@@ -5,6 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from patcher.reading import read_json
 from patcher.records import UsageError
@@ -43,6 +44,15 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} holds no .safetensors weights")
     for file in weights:
         check_safetensors(file)
+
+
+def check_no_adapter(source: str) -> None:
+    """Refuse a model with an adapter beside it, which transformers would apply unasked. Raises UsageError."""
+    if find_adapter_config_file(source):
+        raise UsageError(
+            f"{source} holds an adapter (adapter_config.json) beside the model: expected the model alone; "
+            "merge it first, or move it elsewhere"
+        )
 
 
 def check_safetensors(path: Path) -> None:

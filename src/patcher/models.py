@@ -20,7 +20,14 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from patcher.checkpoints import check_complete, check_config, check_folder, check_gguf, check_tokenizer
+from patcher.checkpoints import (
+    check_complete,
+    check_config,
+    check_folder,
+    check_gguf,
+    check_no_adapter,
+    check_tokenizer,
+)
 from patcher.endpoint import Endpoint
 from patcher.network import logits_of
 from patcher.quantized import DTYPES, keep_gradients, load_options
@@ -102,6 +109,7 @@ def load_checkpoint(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         check_config(config.to_dict(), source)
+        check_no_adapter(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
         )
