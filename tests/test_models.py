@@ -275,6 +275,15 @@ def test_one_checkpoint_one_fingerprint_in_any_wider_dtype(folder: ModelFolder, 
     assert narrow.fingerprint != folder.load().fingerprint
 
 
+def test_an_identity_sees_the_template_and_the_tokenizer_too(llama_folder: ModelFolder) -> None:
+    lm, other = llama_folder.load(), llama_folder.load(chat_template="{{ messages[0]['content'] }}")
+    assert llama_folder.load().identity == lm.identity != other.identity
+    assert lm.fingerprint == other.fingerprint
+    more = llama_folder.load()
+    more.tokenizer.add_tokens(["bread"])
+    assert more.identity != lm.identity
+
+
 def test_a_fingerprint_sees_one_weight(folder: ModelFolder) -> None:
     lm = folder.load()
     again = folder.load()

@@ -1,5 +1,6 @@
 """Killed at any moment, the same command goes on from what it had finished, and ends as if nothing had happened."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ModelFolder
+from conftest import CHAT_TEMPLATE, ModelFolder
+from patcher import pipeline
 from patcher.cli import run
+from patcher.exits import RUN_ERROR
 from patcher.journal import Journal, resumed
 from patcher.outputs import write_whole
 from patcher.pipeline import Clock
@@ -90,6 +93,24 @@ def test_other_work_starts_anew(tmp_path: Path) -> None:
     assert once("this", 2) == [1]
     assert once("that", 3) == [3]
     assert once("this", 4) == [4]
+
+
+def test_another_template_or_judge_behind_the_same_path_is_other_work(
+    backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def once(*_: object, journal: Journal, **__: object) -> None:
+        made.append(journal.values("piece", lambda: [len(made)]))
+        raise PatcherError("the server is down")
+
+    made: list[list[int]] = []
+    monkeypatch.setattr(pipeline, "repair", once)
+    template, labelled = tmp_path / "template.jinja", tmp_path / "labelled.jsonl"
+    words = [*command(backdoored_folder.path, tmp_path / "out"), "--chat-template", str(template)]
+    for said, answer in (("", "x"), ("", "x"), ("Be brief.", "x"), ("Be brief.", "y")):
+        template.write_text(CHAT_TEMPLATE + said)
+        labelled.write_text(json.dumps({"response": answer, "label": "refused"}))
+        assert run([*words, "--judge", f"trained:{labelled}"]) == RUN_ERROR
+    assert made == [[0], [0], [2], [3]]
 
 
 def test_what_is_done_or_was_wrongly_asked_for_is_not_kept(tmp_path: Path) -> None:

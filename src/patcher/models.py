@@ -48,6 +48,13 @@ class LanguageModel:
     """Where the same model answers faster than `network` would; whoever says so vouches for it."""
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of the weights and of what its answers depend on beside them: the tokenizer and the chat template."""
+        tokenizer: Any = self.tokenizer
+        words = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template)
+        return hashlib.sha256(repr((self.fingerprint, words)).encode()).hexdigest()
+
+    @property
     def device(self) -> torch.device:
         """Where the input embeddings, and so the token ids, live."""
         return cast(torch.device, self.network.get_input_embeddings().weight.device)

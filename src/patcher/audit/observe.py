@@ -14,6 +14,7 @@ from patcher.chat import Row, render, response_ids, spoken, user_prompt
 from patcher.forward import row_states
 from patcher.generation import generate
 from patcher.journal import Journal
+from patcher.judges.calibrate import Labelled, fitted_on
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel
 from patcher.network import logits_of
@@ -57,6 +58,11 @@ class AuditSettings(Record):
     """What calls an answer complied or refused (`judges.find_judge`)."""
     seed: int = 0
     """Where random placements put the trigger."""
+
+    @property
+    def judge_rows(self) -> list[Labelled]:
+        """What the judge is fitted on: the name of a file does not say what it holds. Raises UsageError."""
+        return fitted_on(self.judge)
 
     def reading(self, tokens: int) -> "AuditSettings":
         """The same with answers of so many tokens at least: as much as it takes for a symptom to be seen."""

@@ -5,7 +5,6 @@ given the requests, too, many at once: the audit's.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from patcher.endpoint import find_endpoint
@@ -49,11 +48,10 @@ def find_judge(name: str, load: Callable[[str], Any]) -> Judge:
 
         return GuardJudge(load(model), RULES[DEFAULT])
     if kind == "trained" and model:
-        from patcher.judges.calibrate import read_labelled
+        from patcher.judges.calibrate import fitted_on
         from patcher.judges.trained import TrainedJudge
 
-        labelled = [row for path in model.split(",") for row in read_labelled(Path(path))]
-        return TrainedJudge(load("smollm2"), labelled, RULES[DEFAULT])
+        return TrainedJudge(load("smollm2"), fitted_on(name), RULES[DEFAULT])
     if endpoint := find_endpoint(name):
         from patcher.judges.endpoint import EndpointJudge
 

@@ -81,6 +81,13 @@ def read_labelled(path: Path) -> list[Labelled]:
     return found
 
 
+def fitted_on(judge: str) -> list[Labelled]:
+    """The labelled answers that `trained:FILE,FILE` is fitted on; no other judge is. Raises UsageError."""
+    kind, _, files = judge.partition(":")
+    paths = files.split(",") if kind == "trained" and files else []
+    return [row for path in paths for row in read_labelled(Path(path))]
+
+
 def agreement(
     model: str, rows: Sequence[Labelled], judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]]
 ) -> Agreement:
