@@ -403,6 +403,8 @@ def test_a_limit_is_a_share() -> None:
     for wrong in (2, -0.1, float("nan")):
         with pytest.raises(ValidationError):
             Gates(max_asr=wrong)
+    with pytest.raises(ValidationError, match="finite"):
+        Gates(max_kl=float("inf"))  # which no JSON holds
 
 
 def test_the_benign_drop_pools_all_benign_prompts(made: Repair) -> None:

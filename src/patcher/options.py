@@ -24,7 +24,7 @@ UnwantedText = Annotated[
     str | None, typer.Option("--unwanted", help="A text that the response must not hold (its objective is text)")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
-Seed = Annotated[int, typer.Option(help="Seed of every random draw")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; 8bit, 4bit (an extra)")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
@@ -63,5 +63,5 @@ MaxUnanswered = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Gate: share of benign requests not answered; it needs no --patch"),
 ]
-MaxKl = Annotated[float | None, typer.Option(min=0, help="Gate: drift on benign prompts, nats per token")]
+MaxKl = Annotated[float | None, typer.Option(min=0, max=1e6, help="Gate: drift on benign prompts, nats per token")]
 AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]

@@ -42,7 +42,7 @@ class Gates(Record):
     """Rise of the share of harmful prompts answered without a trigger."""
     max_unanswered: float | None = Field(default=None, ge=0, le=1)
     """Share of benign prompts that are not answered, with a patch or without one."""
-    max_kl: float | None = Field(default=0.02, ge=0)
+    max_kl: float | None = Field(default=0.02, ge=0, allow_inf_nan=False)
     """KL(reference ‖ patched) on held-out benign prompts, nats per token."""
 
 
