@@ -325,6 +325,18 @@ def test_an_output_that_exists(refused: Refusal, model: Path, report: Path, tmp_
         assert "exists already" in refused(4, *words, "--out", out)
 
 
+@pytest.mark.parametrize("name", ["link", "a" * 240, "ä" * 120, "a" * 300, "a" * 300 + "/out"])
+def test_an_output_that_could_not_be_finished(
+    refused: Refusal, model: Path, report: Path, tmp_path: Path, name: str
+) -> None:
+    """A link to nothing is there all the same; and what is hidden beside it has a longer name."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    says = "exists already" if name == "link" else "too long a name"
+    for command in ("repair", "localize"):
+        assert says in refused(4, command, model, "--failure", report, "--out", tmp_path / name)
+    assert (tmp_path / "link").is_symlink()
+
+
 def full(*_: Any, **__: Any) -> Any:
     raise OSError(28, "No space left on device")
 

@@ -22,7 +22,7 @@ from patcher.lora import lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
 from patcher.network import response_logits
-from patcher.outputs import whole_folder
+from patcher.outputs import whole, whole_folder
 from patcher.patch import Patch, applied, load_patch, merge, save_patch
 from patcher.records import PatcherError, UsageError
 from patcher.training import fit
@@ -447,6 +447,15 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
             pytest.fail("the block ran")
         assert out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_what_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PatcherError, match="nothing is overwritten"), whole(out) as part:
+        part.write_text("ours")
+        out.write_text("theirs")
+    assert out.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -49,7 +49,7 @@ class Journal:
     def keep_seconds(self, seconds: Mapping[str, float]) -> None:
         """Note what each stage has taken."""
         if self._folder:
-            with whole(self._folder / _SECONDS) as part:
+            with whole(self._folder / _SECONDS, again=True) as part:
                 part.write_text(json.dumps(seconds), encoding="utf-8")
 
     def values(self, name: str, make: Callable[[], list[Piece]]) -> list[Piece]:

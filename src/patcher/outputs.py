@@ -12,13 +12,22 @@ from safetensors import SafetensorError
 from patcher.records import PatcherError, UsageError
 from patcher.world import is_first
 
+_NAME_BYTES = 255
+"""Of a file's name, at most, on every file system that is common."""
+
 
 def check_new(out: Path | None, flag: str = "--out") -> None:
     """Raises UsageError when the name is taken or cannot be written: before the work, not after it."""
     if out is None:
         return
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with {flag}")
+    names = (*out.parts, beside(beside(out, "unfinished"), "part").name)
+    if (most := max(len(os.fsencode(name)) for name in names)) > _NAME_BYTES:
+        raise UsageError(
+            f"{out.name} is too long a name: with what stands beside it until it is finished it has {most} "
+            f"bytes, of at most {_NAME_BYTES}; name a shorter one with {flag}"
+        )
     there = next(parent for parent in out.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UsageError(f"cannot write {out}: {there} is no folder that you may write to")
@@ -37,28 +46,39 @@ def check_appendable(out: Path) -> None:
         raise UsageError(f"cannot write {out}: {error}") from error
 
 
+def beside(path: Path, what: str) -> Path:
+    """The hidden name of what is to become `path`."""
+    return path.with_name(f".{path.name}.{what}")
+
+
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, again: bool = False) -> Iterator[Path]:
     """Where to write a file or a folder that appears under its name only when the block has ended well.
 
     What a killed run left half written is removed. Of several processes the first one writes.
+
+    Raises:
+        PatcherError: something stands there at the end, and it is not to be written `again`.
     """
     if not is_first():
         with tempfile.TemporaryDirectory() as elsewhere:
             yield Path(elsewhere) / path.name
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    _remove(part)
+    part = beside(path, "part")
+    remove(part)
     try:
         yield part
+        if os.path.lexists(path) and not again:
+            raise PatcherError(f"{path} appeared in the meantime: nothing is overwritten; move it away")
         part.rename(path)
     finally:
-        _remove(part)
+        remove(part)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -77,7 +97,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: the name is taken, or its parent cannot be written.
     """
-    if is_first() and out.exists():
+    if is_first() and os.path.lexists(out):
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
