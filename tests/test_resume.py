@@ -159,6 +159,71 @@ def test_a_piece_is_whole_or_not_there(tmp_path: Path) -> None:
     assert journal.values("A piece", lambda: [3]) == [3], "names that look alike as files"
 
 
+@pytest.mark.parametrize("left", [b"", b"[", b"\xff", b"7", b'{"a": 1, "b": 2}', b'["a"]', b"[1, 2]", b"[" * 100_000])
+def test_a_damaged_piece_is_made_again(tmp_path: Path, left: bytes) -> None:
+    told: list[str] = []
+    journal = Journal(tmp_path, lambda what, _done, _total: told.append(what))
+    assert journal.values("piece", lambda: ["x", "y"], str, 2) == ["x", "y"]
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(left)
+    assert journal.values("piece", lambda: ["z", "z"], str, 2) == ["z", "z"]
+    assert journal.values("piece", lambda: ["no", "no"], str, 2) == ["z", "z"]
+    assert told == ["piece: damaged since an earlier run, done again", "piece: finished by an earlier run"]
+
+
+def test_a_damaged_folder_is_made_again(tmp_path: Path) -> None:
+    def save(_: int, path: Path) -> None:
+        path.mkdir()
+        write_whole(path / "file", "1")
+
+    def made(value: int) -> int:
+        return Journal(tmp_path).once("a", lambda: value, save, lambda path: int((path / "file").read_text()))
+
+    assert [made(1), made(2)] == [1, 1]
+    next(tmp_path.glob("*/file")).unlink()
+    assert made(3) == 3
+
+
+def test_findings_of_other_reports_are_no_findings(tmp_path: Path) -> None:
+    """An empty list would say that there was nothing to look into."""
+    write_whole(tmp_path / "findings", "[]")
+    with pytest.raises(ValueError, match="expected findings"):
+        pipeline._read_findings([1], tmp_path / "findings")
+
+
+@pytest.mark.parametrize("left", [b"", b"[1]", b'{"patch": "long"}', b'{"patch": NaN}', b"\xff"])
+def test_damaged_seconds_are_not_counted(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "seconds.json").write_bytes(left)
+    assert Journal(tmp_path).seconds() == {}
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff\xfe"])
+def test_of_what_work_a_damaged_folder_is_nobody_knows(tmp_path: Path, left: bytes) -> None:
+    for value in (1, 2):
+        with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet) as journal:
+            assert journal.values("piece", lambda value=value: [value]) == [value]
+            raise KeyboardInterrupt
+        (tmp_path / ".out.unfinished" / "work.txt").write_bytes(left)
+
+
+@pytest.mark.parametrize("mine", ["a folder", "a file", "a link", "a link to nothing"])
+def test_what_is_not_of_an_earlier_run_is_not_deleted(tmp_path: Path, mine: str) -> None:
+    there, precious = tmp_path / ".out.unfinished", tmp_path / "mine" / "work.txt"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    if mine == "a folder":
+        there.mkdir()
+        (there / "mine").touch()
+    elif mine == "a file":
+        there.touch()
+    else:
+        there.symlink_to(precious.parent if mine == "a link" else tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="move it elsewhere"), resumed(tmp_path / "out", "work", quiet):
+        pytest.fail("the block ran")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     assert [Journal().values("piece", lambda value=value: [value]) for value in (1, 2)] == [[1], [2]]
 

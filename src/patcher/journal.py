@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from patcher.outputs import whole
+from pydantic import FiniteFloat, TypeAdapter
+
+from patcher.outputs import beside, remove, whole
+from patcher.reading import read_json
 from patcher.records import PatcherError, UsageError
 from patcher.world import processes
 
@@ -20,7 +24,10 @@ _WORK, _SECONDS = "work.txt", "seconds.json"
 
 
 class Journal:
-    """Finished pieces under their names, each whole or not there. Without a folder nothing is kept."""
+    """Finished pieces under their names, each whole or not there. Without a folder nothing is kept.
+
+    A piece that cannot be read again is made again: what is kept must never stand in the way.
+    """
 
     def __init__(self, folder: Path | None = None, on_progress: Callable[[str, int, int], None] | None = None) -> None:
         self._folder, self._on_progress = folder, on_progress
@@ -32,10 +39,15 @@ class Journal:
         if self._folder is None:
             return make()
         path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_hash(name)[:6]}"
-        if path.exists():
-            if self._on_progress:
-                self._on_progress(f"{name}: finished by an earlier run", 1, 1)
-            return read(path)
+        if os.path.lexists(path):
+            try:
+                piece = read(path)
+            except (OSError, ValueError, LookupError, TypeError, PatcherError):
+                self._tell(f"{name}: damaged since an earlier run, done again")
+                remove(path)
+            else:
+                self._tell(f"{name}: finished by an earlier run")
+                return piece
         piece = make()
         with whole(path) as part:
             save(piece, part)
@@ -44,7 +56,13 @@ class Journal:
     def seconds(self) -> dict[str, float]:
         """What each stage has taken so far, earlier runs included."""
         path = self._folder / _SECONDS if self._folder else None
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path and path.exists() else {}
+        try:
+            return (
+                TypeAdapter(dict[str, FiniteFloat]).validate_json(path.read_bytes()) if path and path.exists() else {}
+            )
+        except (OSError, ValueError):
+            self._tell("the seconds of earlier runs: damaged, not counted")
+            return {}
 
     def keep_seconds(self, seconds: Mapping[str, float]) -> None:
         """Note what each stage has taken."""
@@ -52,14 +70,24 @@ class Journal:
             with whole(self._folder / _SECONDS, again=True) as part:
                 part.write_text(json.dumps(seconds), encoding="utf-8")
 
-    def values(self, name: str, make: Callable[[], list[Piece]]) -> list[Piece]:
-        """The same for a list that JSON can hold."""
-        return self.once(
-            name,
-            make,
-            lambda piece, path: path.write_text(json.dumps(piece), encoding="utf-8"),
-            lambda path: list(json.loads(path.read_text(encoding="utf-8"))),
-        )
+    def values(
+        self, name: str, make: Callable[[], list[Piece]], kind: type[object] = object, count: int | None = None
+    ) -> list[Piece]:
+        """The same for a list that JSON can hold: of so many values of that kind, where that is known."""
+
+        def read(path: Path) -> list[Piece]:
+            found = read_json(path)
+            if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+                raise ValueError(f"expected a list of {kind.__name__}")
+            if count not in (None, len(found)):
+                raise ValueError(f"expected {count} values, got {len(found)}")
+            return found
+
+        return self.once(name, make, lambda piece, path: path.write_text(json.dumps(piece), encoding="utf-8"), read)
+
+    def _tell(self, what: str) -> None:
+        if self._on_progress:
+            self._on_progress(what, 1, 1)
 
 
 @contextmanager
@@ -69,19 +97,25 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
     The folder goes when the block ends well, or in an error of the user's; it stays when the block is killed or
     interrupted, and after what may not come again: a server that is down, a full disk.
     Several processes keep nothing: one that goes on where another begins anew would wait for it forever.
+
+    Raises:
+        UsageError: something else stands under the folder's name.
     """
     if processes() > 1:
         yield Journal()
         return
-    folder = out.parent / f".{out.name}.unfinished"
+    folder = beside(out, "unfinished")
     known = folder / _WORK
-    if folder.exists() and (not known.is_file() or known.read_text(encoding="utf-8") != _hash(work)):
-        shutil.rmtree(folder)  # of another model, report or setting
+    if os.path.lexists(folder):
+        if folder.is_symlink() or not known.is_file():
+            raise UsageError(f"{folder} is nothing that Patcher wrote (it holds no {_WORK}): move it elsewhere")
+        if known.read_bytes() != _hash(work).encode():
+            shutil.rmtree(folder)  # of another model, report or setting
     made = [parent for parent in folder.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not known.exists():
-        with whole(known) as part:
-            part.write_text(_hash(work), encoding="utf-8")
+    if not folder.exists():
+        with whole(folder) as part:
+            part.mkdir(mode=0o700)
+            (part / _WORK).write_text(_hash(work), encoding="utf-8")
     journal = Journal(folder, on_progress)
     try:
         yield journal

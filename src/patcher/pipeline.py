@@ -108,7 +108,7 @@ def mend(
             on_progress=on_progress,
         )
         seen = partial(_look, localizer, chosen, turn, clock)
-        return journal.once(f"round {turn}: findings", seen, _save_findings, _read_findings)
+        return journal.once(f"round {turn}: findings", seen, _save_findings, partial(_read_findings, [*chosen]))
 
     findings = look(lm, range(1, len(reports) + 1), 1) if reports else []
     model = {"source": lm.source, "fingerprint": lm.fingerprint}
@@ -223,8 +223,12 @@ def _save_findings(findings: Sequence[Finding], path: Path) -> None:
     path.write_text(json.dumps([json.loads(one.to_json()) for one in findings]), encoding="utf-8")
 
 
-def _read_findings(path: Path) -> list[Finding]:
-    return [Finding.model_validate(one) for one in read_json(path)]
+def _read_findings(numbers: list[int], path: Path) -> list[Finding]:
+    """Raises ValueError where they are not of the reports of those numbers."""
+    found = [Finding.model_validate(one) for one in read_json(path)]
+    if [one.number for one in found] != numbers:
+        raise ValueError(f"expected findings on the reports {numbers}")
+    return found
 
 
 def _save_patch(made: tuple[Patch, PatchLog], folder: Path) -> None:

@@ -20,7 +20,7 @@ from patcher.models import LanguageModel
 from patcher.network import logits_of
 from patcher.prompts import KINDS, Kind, PromptRow, Prompts, spread
 from patcher.records import FailureReport, Record, Request, Symptom, Trigger, UsageError
-from patcher.tasks import AnyTask
+from patcher.tasks import AnyTask, Task
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
 from patcher.wordings import worded
@@ -119,7 +119,7 @@ def observe(
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
     if GCG in asked:
         searched = partial(_with_suffixes, lm, sets[GCG][0], settings, partial(on_progress, f"{what}: {GCG}"))
-        asked[GCG] = journal.values(f"{what}: searched suffixes", searched)
+        asked[GCG] = journal.values(f"{what}: searched suffixes", searched, str, len(sets[GCG][0]))
     answers = {}
     for name, requests in asked.items():
         answered = partial(
@@ -129,7 +129,7 @@ def observe(
             max_new_tokens=settings.late_tokens if LONG in name else settings.max_new_tokens,
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
-        answers[name] = journal.values(f"{what}: {name}", answered)
+        answers[name] = journal.values(f"{what}: {name}", answered, str, len(requests))
     reported = [render(lm.tokenizer, report.messages) for report in plan.reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
@@ -139,7 +139,12 @@ def observe(
     acts = {name: [row.act for row in rows] for name, (rows, _) in sets.items()}
     texts_of = {name: [spoken(request) for request in requests] for name, requests in asked.items()}
     right = {
-        task.name: journal.values(f"{what}: task {task.name}", partial(right_answers, lm, task, on_progress, what))
+        task.name: journal.values(
+            f"{what}: task {task.name}",
+            partial(right_answers, lm, task, on_progress, what),
+            bool,
+            len(task.questions) if isinstance(task, Task) else None,
+        )
         for task in plan.tasks
     }
     told = [spoken(report.messages) for report in plan.reports]
