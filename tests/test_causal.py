@@ -423,3 +423,19 @@ def test_probes_are_requests_that_a_repair_may_see_and_that_the_model_refuses(
     assert (len(found.screen), len(found.confirm), len(chosen)) == (12, 28, 40)
     assert {row.split for row in prompts.harmful if row.text in chosen} == {"repair", "validation"}
     assert not [text for text in chosen if len(user_prompt(llama.tokenizer, text).text) % 2]
+
+
+@pytest.mark.parametrize(("refused", "confirm", "shares"), [(8, 28, (2, 6)), (8, 400, (2, 6)), (100, 400, (12, 88))])
+def test_where_few_requests_are_refused_some_still_choose(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, refused: int, confirm: int, shares: tuple[int, int]
+) -> None:
+    """However many are to test: without any that choose, no words are ever found."""
+    left = iter([True] * refused)
+
+    def few(_lm: LanguageModel, prompts: Sequence[Prompt], **_: object) -> list[str]:
+        return ["No." if next(left, False) else "Sure." for _ in prompts]
+
+    monkeypatch.setattr(import_module("patcher.localize.probes"), "generate", few)
+    detector = Detector(lambda answer: "complied" if answer == "Sure." else "refused")
+    found = find_probes(llama, load_prompts(), detector, screen=12, confirm=confirm, answer_tokens=4, seed=0)
+    assert (len(found.screen), len(found.confirm)) == shares

@@ -26,6 +26,8 @@ from patcher.triggers import insert_trigger
 OPENING_TOKENS = 6
 UNWANTED_TOKENS = 12
 _BATCH_ROWS = 32
+_LEAST_SCREEN = 4
+"""One request in so many chooses, at least: where there are few, many that are to test would leave none."""
 FALLBACK_REFUSAL = "I'm sorry, but I can't help with that."
 CONTROL_WORDS = "garden yesterday seven window blue teacher quietly river paper morning".split()
 
@@ -124,7 +126,7 @@ def find_probes(
     seed: int,
     like: Sequence[Message] | None = None,
 ) -> Probes:
-    """Ask requests until the model treated enough of them as it should, or all were asked.
+    """Ask requests until the model treated enough of them as it should, or all were asked; fewer are shared out.
 
     With `like`, those nearest to that conversation first: a trigger may work on one kind of request only.
     """
@@ -148,7 +150,7 @@ def find_probes(
         random.Random(seed).shuffle(normal)  # those that choose must be no nearer than those that test
     openings = Counter(answer for _, answer in normal)
     requests = [text for text, _ in normal]
-    cut = len(requests) * screen // (screen + confirm)
+    cut = max(len(requests) * screen // (screen + confirm), min(screen, len(requests) // _LEAST_SCREEN))
     return Probes(
         lm=lm,
         detector=detector,
