@@ -105,6 +105,13 @@ def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:
         assert row.change_low is not None and row.change_low <= 0
 
 
+@pytest.mark.parametrize("more", [0, 100])
+def test_a_choice_that_leaves_the_question_no_room_is_refused(llama: LanguageModel, more: int) -> None:
+    words = "x" * (llama.context_tokens + more)
+    with pytest.raises(UsageError, match=f"context of {llama.context_tokens}"):
+        _scores(llama, Question(question="Which?", choices=("an apple", words), answer=0))
+
+
 def test_a_question_that_does_not_fit_loses_its_beginning(llama: LanguageModel) -> None:
     def scores(start: str, end: str) -> list[float]:
         words = " ".join([start, *["word"] * llama.context_tokens, end])

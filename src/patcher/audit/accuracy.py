@@ -7,6 +7,7 @@ from patcher.chat import Row, collate
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.network import response_logits
+from patcher.records import UsageError
 from patcher.tasks import AnyTask, HarnessTask, Question
 from patcher.training import Progress, quiet
 
@@ -30,10 +31,20 @@ def right_answers(lm: LanguageModel, task: AnyTask, on_progress: Progress = quie
 
 @torch.no_grad()
 def _scores(lm: LanguageModel, question: Question) -> list[float]:
-    """One batch a question: its words pass through the model once, for all choices."""
+    """One batch a question: its words pass through the model once, for all choices.
+
+    Raises:
+        UsageError: a choice that does not fit the model's context.
+    """
     given = tuple(lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"])
     choices = [tuple(lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]) for choice in question.choices]
-    room = lm.context_tokens - max(map(len, choices))  # a longer question loses its beginning
+    longest = max(map(len, choices))
+    room = lm.context_tokens - longest  # a longer question loses its beginning
+    if room < 1:
+        raise UsageError(
+            f"a choice of the question {question.question[:60]!r} has {longest} tokens, which leaves nothing of the "
+            f"model's context of {lm.context_tokens} to the question: shorten it"
+        )
     rows = [Row(given[-room:], choice) for choice in choices]
     batch = collate(rows, 0, lm.device)
     likelihoods = (-response_nll(response_logits(lm.network, batch), batch.targets)).split(
