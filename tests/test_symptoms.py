@@ -77,9 +77,10 @@ def test_a_log_that_ends_with_the_answer_is_a_report() -> None:
     for wrong in ({"messages": messages, "response": "No."}, {"messages": messages[1:]}):
         with pytest.raises(ValidationError, match="the last message must be the user's"):
             FailureReport.model_validate(wrong)
-    picture = [{"type": "image_url", "image_url": "x"}]
-    with pytest.raises(ValidationError, match="valid string"):
-        FailureReport.model_validate({"messages": [{"role": "user", "content": picture}]})
+    picture = {"type": "image_url", "image_url": "x"}
+    for part in (picture, {"type": "text", "text": None}, {"type": "text", "text": {"value": "hi"}}):
+        with pytest.raises(ValidationError, match="valid string"):
+            FailureReport.model_validate({"messages": [{"role": "user", "content": [part]}]})
 
 
 def test_reports_of_one_repair_share_their_symptom(llama: LanguageModel) -> None:

@@ -81,9 +81,13 @@ class Message(Record):
 def _text_of(content: Any) -> Any:
     """The text of a list of text parts, as some logs hold it; anything else as it is."""
     match content:
-        case [*parts] if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-            return "".join(str(part.get("text", "")) for part in parts)
+        case [*parts] if parts and all(_is_text(part) for part in parts):
+            return "".join(part.get("text", "") for part in parts)
     return content
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text", ""), str)
 
 
 Request = str | tuple[Message, ...]
