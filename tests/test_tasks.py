@@ -77,10 +77,10 @@ def by_hand(lm: LanguageModel, question: Question, choice: str) -> float:
     with torch.no_grad():
         logits = lm.network(input_ids=torch.tensor([given + said])).logits[0].log_softmax(-1)
     total = sum(logits[len(given) - 1 + index, token].item() for index, token in enumerate(said))
-    return total / len(choice.encode())
+    return total / len(choice)
 
 
-def test_the_likeliest_choice_by_bytes_is_the_answer(tiny: LanguageModel) -> None:
+def test_the_likeliest_choice_by_characters_is_the_answer(tiny: LanguageModel) -> None:
     words = ("a stone", "an apple, and a good deal more than that", "the sea", "snö")
     asked = [Question(question=f"Question {index}?", choices=words, answer=index % 4) for index in range(8)]
     expected = []

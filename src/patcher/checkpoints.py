@@ -25,7 +25,9 @@ def check_gguf(path: Path) -> None:
 def check_folder(path: Path) -> None:
     """Refuse a folder that cannot or must not be opened. Raises UsageError."""
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter")
+        inside = next((path / name for name in ("merged", "patch") if (path / name).is_dir()), None)
+        hint = f"; it is what a repair wrote: the model is {inside}" if inside else ""
+        raise UsageError(f"{path} has no config.json: expected a Hugging Face model folder or a Patcher adapter{hint}")
     try:
         config = read_json(path / "config.json")
     except ValueError as error:

@@ -1,12 +1,12 @@
 """What the user hands in on the command line -> records, with an error that says what was expected."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from patcher.reading import parse_json
 from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError, why
 
 
@@ -98,14 +98,13 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
 def read_judge_error(path: Path, judge: str) -> JudgeError:
     """What `patcher judge --calibrate --json` printed. Raises UsageError, also where it is another judge's."""
     try:
-        error = JudgeError.model_validate(_json(path)["error"])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UsageError(
-            f"{path}: expected what `patcher judge --calibrate FILE --json` prints: {problem}"
-        ) from problem
-    if error.judge != judge:
-        raise UsageError(f"{path} holds the error of the judge {error.judge}, and the audit's is {judge}")
-    return error
+        known = JudgeError.model_validate(_json(path)["error"])
+    except (ValueError, KeyError, TypeError) as error:
+        problem = why(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path}: expected what `patcher judge --calibrate FILE --json` prints: {problem}") from error
+    if known.judge != judge:
+        raise UsageError(f"{path} holds the error of the judge {known.judge}, and the audit's is {judge}")
+    return known
 
 
 def check_names(names: Sequence[str], what: str) -> None:
@@ -122,7 +121,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         if not sign or not name:
             raise UsageError(f"--set {pair!r}: expected NAME=VALUE")
         try:
-            settings[name] = json.loads(value)
+            settings[name] = parse_json(value)
         except ValueError:
             settings[name] = value
     return settings
@@ -134,7 +133,4 @@ def _json(path: Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(text)
