@@ -13,6 +13,7 @@ import patcher
 ROOT = Path(patcher.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"records", "world"}),
+    frozenset({"reading"}),
     frozenset({"checkpoints", "sharding", "quantized", "endpoint"}),
     frozenset({"rewrites"}),
     frozenset({"network"}),
