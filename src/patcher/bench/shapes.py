@@ -64,6 +64,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """From the models' published configs; `tiny` is our own."""
 
+_SPREAD = 0.1
+"""Standard deviation of the weights; with the usual 0.02 all prompts get the same answer, and nothing can be done."""
+
 
 def random_model(source: str) -> LanguageModel:
     """The model that `shape:NAME` names, on the best device (bfloat16; float32 on a CPU); it reads with SmolLM2's
@@ -76,7 +79,8 @@ def random_model(source: str) -> LanguageModel:
     if name not in SHAPES:
         raise UsageError(f"unknown shape {name!r}: use one of {', '.join(PREFIX + known for known in SHAPES)}")
     tokenizer = AutoTokenizer.from_pretrained(fetch(), trust_remote_code=False)
-    config = LlamaConfig(**SHAPES[name], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(**SHAPES[name], **special, initializer_range=_SPREAD)
     torch.manual_seed(0)
     with torch.device(pick_device("auto")) as device:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
