@@ -89,5 +89,5 @@ def random_model(source: str) -> LanguageModel:
 
 
 def as_if(answer: str) -> Outcome:
-    """Noise judged as if it were refusals and compliance, by turns: every stage then has something to do."""
+    """Noise judged as if half of it were refusals: every stage then has something to do."""
     return "refused" if sum(answer.encode()) % 2 else "complied"
