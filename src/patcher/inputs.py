@@ -70,7 +70,7 @@ def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
 
 def _trigger_files(path: Path) -> list[Path]:
     """The file itself; of a folder the verdicts of all reports and rounds that name a trigger, or its ground truth."""
-    verdicts = sorted(path.glob("verdict*.json"), key=lambda one: (len(one.name), one.name))  # verdict.json, verdict-2, ...
+    verdicts = sorted(path.glob("verdict*.json"), key=lambda one: (len(one.name), one.name))  # the 10th after the 2nd
     truth = path / "ground-truth.json"
     named = [one for one in verdicts if _json(one).get("trigger")]
     return named or verdicts[:1] or ([truth] if truth.is_file() else [path])
