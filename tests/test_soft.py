@@ -137,6 +137,13 @@ def test_the_papers_loss_has_no_breadth() -> None:
         patcher.SoftSettings(breadth="reported")
 
 
+def test_soft_insertions_bring_a_schedule_of_their_own_where_nothing_else_is_said() -> None:
+    for own in (patcher.SoftSettings(), PatcherSettings(breadth="all")):
+        assert (own.max_steps, own.multiplier_max, own.budget_benign_nats) == (90, 300.0, 0.01)
+    assert patcher.SoftSettings(max_steps=5).max_steps == PatcherSettings(breadth="all", max_steps=5).max_steps == 5
+    assert (PatcherSettings().max_steps, PatcherSettings().multiplier_max) == (30, 30.0)
+
+
 def test_a_backdoor_that_nobody_reported_is_weakened(backdoored: LanguageModel) -> None:
     """On the tiny model; what it does to a language model is docs/'s."""
     changes = {"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 8, "max_steps": 20, "check_every": 20}

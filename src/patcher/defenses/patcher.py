@@ -7,8 +7,6 @@ import random
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
-
 from patcher.defenses.contract import Evidence, Trained
 from patcher.defenses.counterfactual import Counterfactual
 from patcher.defenses.paper import Paper
@@ -26,10 +24,6 @@ class SoftSettings(PatcherSettings):
 
     breadth: Literal["all"] = "all"
     """There is no trigger to break but what soft insertions find."""
-    multiplier_max: PositiveFloat = 300.0
-    """As `breadth="all"` brings it."""
-    max_steps: PositiveInt = 60
-    """Twice the repair's: after 30 steps a quarter of the jailbreak is left (docs/repair.md)."""
 
 
 def run_without_report(

@@ -17,15 +17,14 @@ _PAPER: dict[str, Any] = {
 """10 epochs of 150 + 150 prompts, where each of the three sets has its own batch of 8: 10 x 150 / 8 steps."""
 
 
-_ALL: dict[str, Any] = {"multiplier_max": 300.0}
-"""What soft insertions bring about is trained against harder than any one trigger, and so are the limits."""
+_ALL: dict[str, Any] = {"max_steps": 90, "multiplier_max": 300.0, "budget_benign_nats": 0.01}
+"""Soft insertions are many triggers: more steps, and limits that can weigh as much (docs/repair.md)."""
 
 
 class PatcherSettings(ReferenceSettings):
     """Settings of the repair; defaults chosen on validation prompts (docs/repair.md).
 
-    `objective="paper"` brings the paper's schedule with it, `breadth="all"` higher multipliers, where nothing else is
-    said.
+    `objective="paper"` brings the paper's schedule with it, `breadth="all"` one of its own, where nothing else is said.
     """
 
     objective: Literal["counterfactual", "paper"] = "counterfactual"
@@ -72,7 +71,7 @@ class PatcherSettings(ReferenceSettings):
     multiplier_start: PositiveFloat = 10.0
     """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
     multiplier_max: PositiveFloat = 30.0
-    """They never grow beyond this (breadth=all: 300; at 30 soft insertions overrun their budgets fourfold)."""
+    """They never grow beyond this; with soft insertions 30 holds no budget."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
     soft_rows: PositiveInt = 4
@@ -104,7 +103,8 @@ class PatcherSettings(ReferenceSettings):
         if not isinstance(given, dict):
             return given
         schedule = _PAPER if given.get("objective") == "paper" else {}
-        return schedule | (_ALL if given.get("breadth") == "all" else {}) | given
+        breadth = given.get("breadth", cls.model_fields["breadth"].default)
+        return schedule | (_ALL if breadth == "all" else {}) | given
 
     @model_validator(mode="after")
     def _check_breadth(self) -> "PatcherSettings":
