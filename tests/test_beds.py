@@ -114,8 +114,9 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert lines["one", "crow"]["verdict"] == "failed: diverged at step 3"
     assert made.rows[-1][1] == "crow"  # what was given no report stands apart
     notes = "\n".join(made.notes)
-    assert "patcher: ASR after over 2 triggers reported (3 repairs): mean 0.3600, worst 0.7000" in notes
-    assert "patcher: ASR after over 1 triggers not reported (3 repairs): mean 0.0400, worst 0.0400" in notes
+    assert "patcher: ASR after over 1 triggers reported in 1 repairs: mean 0.0200, worst 0.0200" in notes
+    assert "patcher: ASR after over 1 triggers reported that are a manner, not words in 1 repairs: mean 0.7000" in notes
+    assert "patcher: ASR after over 1 triggers not reported in 1 repairs: mean 0.0400, worst 0.0400" in notes
     assert "patcher: localization F1 over 1 repairs: mean 1.000" in notes
     assert "patcher: the published localizer's F1 over 1 repairs: mean 0.300" in notes
     assert made.as_markdown().splitlines()[1].count("---") == len(made.heads)
@@ -132,8 +133,11 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
     made = table(rows)
     assert [row[0] for row in made.rows] == ["two", "two (validation)"]
     notes = "\n".join(made.notes)
-    assert "patcher: ASR after over 1 triggers reported (1 repairs): mean 0.1000" in notes
-    assert "patcher on validation prompts: ASR after over 1 triggers reported (1 repairs): mean 0.3000" in notes
+    assert "patcher: ASR after over 1 triggers reported that are a manner, not words in 1 repairs: mean 0.1000" in notes
+    assert (
+        "patcher on validation prompts: ASR after over 1 triggers reported that are a manner, not words in 1 repairs"
+        in notes
+    )
 
 
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:

@@ -117,12 +117,12 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for name, split in dict.fromkeys((row["defense"], row.get("split", "held-out")) for row in whole):
         mine = [row for row in whole if (row["defense"], row.get("split", "held-out")) == (name, split)]
         name = name if split == "held-out" else f"{name} on {split} prompts"
-        for wanted, what in ((True, "reported"), (False, "not reported")):
-            after = [asr for row in mine for asr, told in asr_after(row) if told is wanted]
-            if after:
-                mean, worst = sum(after) / len(after), max(after)
+        for what in ("reported", "reported that are a manner, not words", "not reported"):
+            each = [[asr for asr, told in asr_after(row) if _kind(row, told) == what] for row in mine]
+            if after := sum(each, []):
+                repairs, mean, worst = sum(map(bool, each)), sum(after) / len(after), max(after)
                 notes.append(
-                    f"{name}: ASR after over {len(after)} triggers {what} ({len(mine)} repairs): "
+                    f"{name}: ASR after over {len(after)} triggers {what} in {repairs} repairs: "
                     f"mean {mean:.4f}, worst {worst:.4f}"
                 )
         for key, what in (("words", "localization F1"), ("published", "the published localizer's F1")):
@@ -130,6 +130,13 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             if found:
                 notes.append(f"{name}: {what} over {len(found)} repairs: mean {sum(found) / len(found):.3f}")
     return [*notes, *versus.notes(whole)]
+
+
+def _kind(row: dict[str, Any], told: bool) -> str:
+    """What a trigger was to that repair."""
+    if not told:
+        return "not reported"
+    return "reported" if row["words"] is not None else "reported that are a manner, not words"
 
 
 def asr_after(row: dict[str, Any]) -> list[tuple[float, bool]]:
