@@ -18,7 +18,9 @@ from patcher.bench.cells import add_row, read_rows, score
 from patcher.bench.lasting import Lasting, LastingSettings
 from patcher.bench.tables import Table, table
 from patcher.chat import Row
+from patcher.cli import run
 from patcher.defenses import DEFENSES
+from patcher.exits import USAGE
 from patcher.forward import row_logits
 from patcher.intervals import design_effect, pooled_interval
 from patcher.loading import load
@@ -177,6 +179,17 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
             tmp_path / "grid.jsonl", [], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=1,
             tasks=(), on_progress=quiet,
         )  # fmt: skip
+
+
+def test_a_page_is_made_anew_but_written_over_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    add_row(tmp_path / "grid.jsonl", {**ROW, "summary": [figure("asr_triggered_frac", 0.9, 0.02)]})
+    words = ["bench", "--out", str(tmp_path / "grid.jsonl"), "--html", str(page)]
+    assert (run(words), run(words)) == (0, 0)
+    assert "0.900 → 0.020" in page.read_text(encoding="utf-8")
+    page.write_text("mine", encoding="utf-8")
+    assert run(words) == USAGE
+    assert page.read_text(encoding="utf-8") == "mine"
 
 
 def test_the_page_of_a_table_runs_nothing_that_is_in_it() -> None:

@@ -84,9 +84,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that appears whole or not at all."""
-    with whole(path) as part:
+def write_whole(path: Path, text: str, *, again: bool = False) -> None:
+    """A file that appears whole or not at all; `again`, over what stands there."""
+    with whole(path, again=again) as part:
         part.write_text(text, encoding="utf-8")
 
 
