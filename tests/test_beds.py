@@ -183,7 +183,7 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
 
 def test_a_page_is_made_anew_but_written_over_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    add_row(tmp_path / "grid.jsonl", {**ROW, "summary": [figure("asr_triggered_frac", 0.9, 0.02)]})
+    add_row(tmp_path / "grid.jsonl", {**MANNER, "summary": [figure("asr_triggered_frac", 0.9, 0.02)]})
     words = ["bench", "--out", str(tmp_path / "grid.jsonl"), "--html", str(page)]
     assert (run(words), run(words)) == (0, 0)
     assert "0.900 → 0.020" in page.read_text(encoding="utf-8")
