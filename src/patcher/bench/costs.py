@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from patcher.bench.speed import ANSWERS, BARE, BY_PROMPTS, DECODING, DEFAULT_PATCH, OURS, PAPERS_PATCH
+from patcher.bench.shapes import PREFIX
+from patcher.bench.speed import ANSWERS, BARE, BY_PROMPTS, DECODING, DEFAULT_PATCH, LOCALIZE, OURS, PAPERS_PATCH
 from patcher.outputs import whole
 from patcher.records import UsageError
 
@@ -88,7 +89,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    measured = [row for row in rows if "parameters" in row and "error" not in row]
+    measured = [row for row in rows if "parameters" in row and "error" not in row and not _is_chance(row)]
     sizes = _curves(
         (f"{row['stage']} ({row['device']})", row["parameters"], row["seconds"])
         for row in measured
@@ -99,22 +100,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for row in measured
         if row["stage"] in BY_PROMPTS
     )
-    if not (sizes or prompts):
+    panels = [("parameters of the model", sizes), ("prompts of each kind", prompts)]
+    panels = [(label, curves) for label, curves in panels if curves]
+    if not panels:
         raise UsageError(
             "nothing to plot: no stage was measured on two sizes of model, nor with two numbers of prompts"
         )
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, curves, label in zip(
-        figure.subplots(1, 2), (sizes, prompts), ("parameters of the model", "prompts of each kind"), strict=True
-    ):
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.set(xlabel=label, ylabel="seconds", xscale="log", yscale="log")
-        axes.grid(which="both", alpha=0.2)
-        if curves:
-            axes.legend(fontsize="small")
+        places = sorted({size for points in curves.values() for size, _ in points})
+        axes.set_xticks(places, [f"{size / 1e6:.0f}M" if size >= 1e6 else str(size) for size in places])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.2)
+        axes.legend(fontsize="small")
     with whole(path) as part:
         figure.savefig(part, format=path.suffix[1:])
+
+
+def _is_chance(row: dict[str, Any]) -> bool:
+    """Where the search for a trigger ends in random weights says nothing of what it costs."""
+    return bool(row["stage"] == LOCALIZE and row["model"].startswith(PREFIX))
 
 
 def _curves(points: Iterable[tuple[str, int, float]]) -> dict[str, list[tuple[int, float]]]:

@@ -42,6 +42,7 @@ _STEPS = 4
 _ROWS = 12
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
+LOCALIZE = "localize and decide"
 OURS, BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
 DEFAULT_PATCH, PAPERS_PATCH = "patch: the default", "patch: the paper's schedule"
 ANSWERS, DECODING = "answers", "answers, bare decoding"
@@ -88,7 +89,7 @@ def _stages(
         return lambda: partial(defense.repair, lm, evidence, own, seed=0, on_progress=on_progress)
 
     return {
-        "localize and decide": lambda: localize,
+        LOCALIZE: lambda: localize,
         OURS: lambda: _steps(lm, evidence, bare=False),
         BARE: lambda: _steps(lm, evidence, bare=True),
         DEFAULT_PATCH: defend("patcher", {} if is_demo else {"stop_early": False}),
