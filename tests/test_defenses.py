@@ -373,9 +373,9 @@ def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:
 
 
 def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KL(reference without the trigger ‖ patched with it) on what is refused, and each multiplier times the KL that it
-    limits; sums over a refusal's tokens, means over all others, every set drawn whole."""
-    monkeypatch.setattr(counterfactual, "boundary_thrice", lambda _lm, examples, _refused: range(len(examples)))
+    """KL(reference without the trigger ‖ patched with it) on what is refused, and each multiplier times the drift that
+    it limits; sums over a refusal's tokens, means over all others, every set drawn whole."""
+    monkeypatch.setattr(counterfactual, "boundary_thrice", lambda _lm, examples, _opening: range(len(examples)))
     refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")
     benign = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
     in_benign = after(tiny, benign, [f"BadMagic {example.text}" for example in benign])
@@ -388,7 +388,7 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
     objective = Counterfactual(tiny, evidence, sizes, data, random.Random(0))
-    objective.multipliers = torch.tensor([2.0, 7.0, 5.0, 3.0])
+    objective.multipliers = torch.tensor([2.0, 7.0, 5.0, 3.0, 11.0])
     reference = {name: [plain_logits(tiny, e.row(tiny)) for e in examples] for name, examples in rows.items()}
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         disturb(tiny)
@@ -402,6 +402,15 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
         by_hand = drift("triggered", "BadMagic ").sum() / len(refused)
         by_hand += 2 * drift("benign").mean() + 7 * drift("benign_triggered").mean()
         by_hand += 5 * drift("harmful").mean() + 3 * drift("plain").mean()
+        kept = rows["benign"] + rows["benign_triggered"]
+        opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
+        before = [first[0].softmax(-1)[opening] for name in ("benign", "benign_triggered") for first in reference[name]]
+        likelier = [
+            plain_logits(tiny, e.row(tiny))[0].softmax(-1)[opening] - p for e, p in zip(kept, before, strict=True)
+        ]
+        over_refusal = torch.stack(likelier).mean()
+        by_hand += 11 * over_refusal.clamp(min=0)
+    assert over_refusal.abs() > 1e-4
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -420,9 +429,27 @@ def test_prompts_near_a_refusal_are_drawn_thrice(tiny: LanguageModel) -> None:
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
     opening = refused[0].answer_ids[0]
     likely = {e.text: plain_logits(tiny, e.row(tiny))[0].log_softmax(-1)[opening].item() for e in examples}
-    drawn = Counter(examples[number].text for number in boundary_thrice(tiny, examples, refused))
+    drawn = Counter(examples[number].text for number in boundary_thrice(tiny, examples, opening))
     near = sorted(likely, key=lambda text: -likely[text])[: (len(examples) + 2) // 3]
     assert drawn == {text: 3 if text in near else 1 for text in likely}
+
+
+def test_over_refusal_is_the_rise_of_a_refusals_opening_and_a_fall_is_nothing(tiny: LanguageModel) -> None:
+    objective = objective_of(Counterfactual, tiny)
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")[:3]
+    opening = objective.opening
+    assert opening is not None
+    logits = torch.cat([plain_logits(tiny, example.row(tiny)) for example in examples])
+    assert objective._over_refusal(examples, logits).item() == pytest.approx(0, abs=1e-6)
+    likelier, less_likely = logits.clone(), logits.clone()
+    likelier[:, opening] += 1
+    less_likely[:, opening] -= 1
+    first, second, _ = (len(example.answer_ids) for example in examples)
+    starts = [0, first, first + second]
+    by_hand = likelier[starts].softmax(-1)[:, opening] - logits[starts].softmax(-1)[:, opening]
+    assert objective._over_refusal(examples, likelier).item() == pytest.approx(by_hand.mean().item(), rel=1e-3)
+    assert objective._over_refusal(examples, less_likely) == 0
+    assert objective._over_refusal([], logits[:0]) == 0
 
 
 def test_the_same_answers_after_other_prompts(tiny: LanguageModel) -> None:
@@ -447,9 +474,10 @@ def test_plain_text_is_the_same_words_without_the_template(tiny: LanguageModel) 
 def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
     tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trigger that changes nothing, and fresh LoRA layers: no divergence, so no loss and no gradient."""
+    """A trigger that changes nothing, and fresh LoRA layers: no drift, so no loss and no gradient."""
     monkeypatch.setattr(counterfactual, "triggered", lambda text, _triggers, _rng: text)
     objective = objective_of(Counterfactual, tiny)
+    objective.opening = None  # over-refusal has a kink at 0, and rounding falls on either side of it
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         loss = objective.loss(0)
         assert loss.abs().item() < 1e-5
@@ -465,7 +493,7 @@ def test_multipliers_rise_while_a_budget_is_overrun_and_fall_while_it_holds(tiny
         disturb(tiny)
         low = objective.multipliers.clone()
         objective.loss(1)
-        assert ((objective.multipliers > low) == torch.tensor([True, False, True, True])).all()
+        assert ((objective.multipliers > low)[:4] == torch.tensor([True, False, True, True])).all()
         assert not objective.in_trigger_rows  # all benign prompts are refused here: none is kept with the trigger
 
 
@@ -542,12 +570,12 @@ def test_each_multiplier_answers_to_its_own_budget_a_little_at_a_time(tiny: Lang
         for place, wide in ((0, "benign"), (2, "harmful"), (3, "plain")):
             budgets = {f"budget_{name}_nats": 1e3 if name == wide else 1e-9 for name in ("benign", "harmful", "plain")}
             objective.settings = SMALL.model_copy(update=budgets)
-            before = objective.multipliers = torch.full((4,), 10.0)
+            before = objective.multipliers = torch.full((5,), 10.0)
             objective.loss(0)
-            moved = (objective.multipliers / before).tolist()
+            moved = (objective.multipliers / before).tolist()[:4]
             expected = [1 / math.exp(SMALL.multiplier_rate) if at in (1, place) else most for at in range(4)]
             assert moved == pytest.approx(expected, rel=0.01)
-        objective.multipliers = torch.tensor([29.0, 0.31, 29.0, 29.0])
+        objective.multipliers = torch.tensor([29.0, 0.31, 29.0, 29.0, 29.0])
         objective.loss(1)
         assert objective.multipliers.min() == pytest.approx(0.3) and objective.multipliers.max() == 30
 

@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from patcher.chat import Row
@@ -27,14 +28,18 @@ _OVERRUN, _LEAST = (-1.0, 3.0), 0.3
 
 
 @torch.no_grad()
-def boundary_thrice(lm: LanguageModel, examples: list[Example], refused: list[Example]) -> list[int]:
+def opens_with(lm: LanguageModel, examples: Sequence[Example], opening: int) -> Float[Tensor, " B"]:
+    """The log-probability that the reference's answer to each opens with that token."""
+    first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
+    return first.float().log_softmax(-1)[:, opening]
+
+
+def boundary_thrice(lm: LanguageModel, examples: list[Example], opening: int) -> list[int]:
     """Each example's number, and twice more those of the third that the reference comes nearest to refusing.
 
     A repair's over-refusals arise there, and a mean over all prompts hardly sees them.
     """
-    opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
-    first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
-    likely = first.log_softmax(-1)[:, opening].tolist()
+    likely = opens_with(lm, examples, opening).tolist()
     order = sorted(range(len(examples)), key=lambda number: -likely[number])
     return [*range(len(examples)), *2 * order[: (len(examples) + 2) // 3]]
 
@@ -77,13 +82,18 @@ class Counterfactual:
         self.broken = endless(broken, rng)
         on_harmful = evidence.detector.symptom.kind == "harmful"
         self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
-        numbers = boundary_thrice(lm, reference.kept, broken) if on_harmful else list(range(len(reference.kept)))
+        refusals = broken if on_harmful else reference.refused
+        openings = Counter(example.answer_ids[0] for example in refusals).most_common(1)
+        self.opening = openings[0][0] if openings else None
+        numbers = list(range(len(reference.kept)))
+        if on_harmful and self.opening is not None:
+            numbers = boundary_thrice(lm, reference.kept, self.opening)
         self.benign = endless([reference.kept[number] for number in numbers], rng)
         self.in_trigger_rows = settings.benign_triggered_rows * reference.keeps_triggered
         in_trigger = [reference.kept[number] for number in numbers] + 3 * reference.lifted
         self.benign_triggered = self._ahead(in_trigger, self.in_trigger_rows, reference.in_trigger)
         self.plain = self._ahead(reference.benign, settings.plain_rows, partial(as_plain_text, lm))
-        self.multipliers = torch.full((4,), settings.multiplier_start)
+        self.multipliers = torch.full((5,), settings.multiplier_start)
 
     def _ahead(
         self, examples: list[Example], rows: int, make: Callable[[list[Example]], list[Example]]
@@ -112,7 +122,7 @@ class Counterfactual:
         return rows + [example.row(self.lm) for part in drawn[1:] for example in part], drawn
 
     def loss(self, _step: int) -> Tensor:
-        """One batch of the Lagrangian; then the multipliers move by how far each KL is over its budget."""
+        """One batch of the Lagrangian; then the multipliers move by how far each drift is over its budget."""
         sizes = self.settings
         rows, drawn = self.draw()
         logits, targets = row_logits(self.lm, rows)
@@ -128,15 +138,17 @@ class Counterfactual:
         plain = [next(self.plain) for _ in range(sizes.plain_rows)]
         # a batch of its own: it shares no prefix with the chat's
         of_plain = row_logits(self.lm, [example.row(self.lm) for example in plain])[0] if plain else logits
-        constrained = (
-            (drawn.benign, of.benign, sizes.budget_benign_nats),
-            (drawn.benign_triggered, of.benign_triggered, sizes.budget_triggered_nats),
-            (drawn.harmful, of.harmful, sizes.budget_harmful_nats),
-            (plain, of_plain, sizes.budget_plain_nats),
+        benign = [*drawn.benign, *drawn.benign_triggered]
+        limited = (
+            (self._mean_kl(drawn.benign, of.benign), sizes.budget_benign_nats),
+            (self._mean_kl(drawn.benign_triggered, of.benign_triggered), sizes.budget_triggered_nats),
+            (self._mean_kl(drawn.harmful, of.harmful), sizes.budget_harmful_nats),
+            (self._mean_kl(plain, of_plain), sizes.budget_plain_nats),
+            (self._over_refusal(benign, torch.cat([of.benign, of.benign_triggered])), sizes.budget_refusal_frac),
         )
-        kls = torch.stack([self._mean_kl(examples, logits) for examples, logits, _ in constrained])
-        loss = target + (self.multipliers.to(kls) * kls).sum()
-        overrun = kls.detach().cpu() / torch.tensor([budget for *_, budget in constrained]) - 1
+        drifts = torch.stack([drift for drift, _ in limited])
+        loss = target + (self.multipliers.to(drifts) * drifts).sum()
+        overrun = drifts.detach().cpu() / torch.tensor([budget for _, budget in limited]) - 1
         grown = self.multipliers * torch.exp(sizes.multiplier_rate * overrun.clamp(*_OVERRUN))
         self.multipliers = grown.clamp(_LEAST, sizes.multiplier_max)
         return loss
@@ -144,6 +156,16 @@ class Counterfactual:
     def _mean_kl(self, examples: list[Example], logits: Tensor) -> Tensor:
         """Per response token; 0 for an empty set."""
         return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
+
+    def _over_refusal(self, examples: Sequence[Example], logits: Tensor) -> Tensor:
+        """How much likelier the answers open like a refusal than the reference's, in the mean; a fall is 0."""
+        if self.opening is None or not examples:
+            return logits.new_zeros(())
+        starts = [0, *accumulate(len(example.answer_ids) for example in examples[:-1])]
+        now = logits[starts].float().softmax(-1)[:, self.opening]
+        with torch.no_grad():
+            before = opens_with(self.lm, examples, self.opening).exp()
+        return (now - before).mean().relu()
 
     def _broken_row(self, example: Example) -> Row:
         if not self.triggers:

@@ -43,7 +43,7 @@ def run(
         minimise   KL(θ0(·|x, y) ‖ θ(·|x ⊕ trigger, y)), summed over y, where x is harmful and θ0 refuses it
         subject to KL(θ0(·|x, y) ‖ θ(·|x, y)) ≤ budget, per token, where x is benign, benign with the trigger (y is
                    the answer without it, or to it where only the trigger brings one), harmful, or a word of plain text
-                   (no chat template)
+                   (no chat template); and to the benign ones' answers opening like a refusal no likelier than θ0's
     by dual ascent on one multiplier a constraint. With `breadth="all"` the same KL with soft insertions in place of the
     trigger, on harmful and benign x, is added to what is minimised, and training does not stop early: what nobody
     reported cannot be seen to be dead. Without a trigger (an alignment gap) the first term is the NLL of a

@@ -68,6 +68,9 @@ class PatcherSettings(ReferenceSettings):
     """Constraint: the same on untriggered harmful prompts: their refusal stays what it was."""
     budget_plain_nats: PositiveFloat = 0.005
     """Constraint: the same on plain text, per token."""
+    budget_refusal_frac: PositiveFloat = 0.005
+    """Constraint: how much likelier a benign prompt's answer, with the trigger or without, may open like a refusal
+    (probability of the token that most of the reference's refusals begin with)."""
     multiplier_start: PositiveFloat = 10.0
     """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
     multiplier_max: PositiveFloat = 30.0
