@@ -282,6 +282,7 @@ def test_without_a_report_a_defense_that_needs_none_repairs(
     assert "no report" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     card = (tmp_path / "out" / "patch" / "README.md").read_text(encoding="utf-8")
     assert ("changed.safetensors" in card) == (defense == "fine_pruning")
+    assert ("PeftModel.from_pretrained" in card) == (defense != "fine_pruning")
     assert fingerprint(backdoored.network) == backdoored.fingerprint
     loaded = load_patch(tmp_path / "out" / "patch")
     with applied(loaded, backdoored):

@@ -220,11 +220,11 @@ def _card(made: Repair) -> str:
         if made.audit
         else ""
     )
-    whole = (
-        "\nPart of it is `changed.safetensors`, whole tensors that PEFT alone does not load: let Patcher load it, or "
-        "write the whole model with `--merge`.\n"
+    loading = (
+        "Part of it is `changed.safetensors`, whole tensors that PEFT alone does not load: let Patcher load it, or "
+        "write the whole model with `--merge`."
         if made.patch and made.patch.changed
-        else ""
+        else "Loaded by `PeftModel.from_pretrained(base, FOLDER)` of the package `peft`, where FOLDER holds this file."
     )
     return f"""---
 library_name: peft
@@ -235,7 +235,9 @@ base_model: {yaml_string(made.model["source"])}
 
 Status: **{made.status}**. Verdict: **{made.label}**. Triggers found: {triggers}.
 Fits only the base whose weights hash to `{made.model["fingerprint"]}`.
-{whole}
+
+{loading}
+
 | figure | before | after | n |
 |---|---|---|---|
 {rows}

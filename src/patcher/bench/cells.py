@@ -8,6 +8,7 @@ from typing import Any
 
 from patcher.attacks.plant import read_truth
 from patcher.loading import demo_adapter
+from patcher.reading import parse_json
 from patcher.records import FailureReport, Span, Trigger, UsageError
 from patcher.triggers import find_words
 
@@ -26,7 +27,7 @@ def read_rows(out: Path, field: str) -> list[dict[str, Any]]:
     """
     try:
         whole, _, _ = out.read_text(encoding="utf-8").rpartition("\n") if out.exists() else ("", "", "")
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = [parse_json(line) for line in whole.split("\n") if line.strip()]
     except ValueError as error:
         raise UsageError(f"{out} holds no results of a bench ({error}): name another file with --out") from error
     if any(not isinstance(row, dict) or field not in row for row in rows):
