@@ -103,6 +103,7 @@ def sample(
                     kl_harmful_nats=0.02,
                     kl_benign_triggered_nats=0.006,
                     kl_plain_nats=0.005,
+                    refusal_rise_frac=-0.001,
                 ),
             ),
             settings={"rank": 8, "note": text},

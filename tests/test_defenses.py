@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from patcher.defenses import DEFENSES, counterfactual, find_defense, patcher
 from patcher.defenses.contract import (
+    FIXED_REFUSAL,
     Evidence,
     Example,
     after,
+    answered,
     as_plain_text,
     kl_of,
     mean_kl_nats,
@@ -24,7 +26,8 @@ from patcher.defenses.contract import (
     refusing,
     triggered,
 )
-from patcher.defenses.counterfactual import Counterfactual, boundary_thrice
+from patcher.defenses.counterfactual import Counterfactual
+from patcher.defenses.over_refusal import boundary_thrice, mean_rise_now, refusal_opening
 from patcher.defenses.paper import Paper
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
@@ -384,6 +387,7 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     data = object.__new__(ReferenceAnswers)
     vars(data).update(harmful=refused, normal=refused, benign=benign, kept=benign, lifted=[], lm=tiny)
     evidence = replace(EVIDENCE, triggers=(AT_START,))
+    vars(data).update(opening=refusal_opening(tiny, refused))
     vars(data).update(evidence=evidence, keeps_triggered=True, _places=random.Random(0))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
     assert min(len(examples) for examples in rows.values()) > 1
@@ -438,7 +442,6 @@ def test_over_refusal_is_the_rise_of_a_refusals_opening_and_a_fall_is_nothing(ti
     objective = objective_of(Counterfactual, tiny)
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")[:3]
     opening = objective.opening
-    assert opening is not None
     logits = torch.cat([plain_logits(tiny, example.row(tiny)) for example in examples])
     assert objective._over_refusal(examples, logits).item() == pytest.approx(0, abs=1e-6)
     likelier, less_likely = logits.clone(), logits.clone()
@@ -450,6 +453,37 @@ def test_over_refusal_is_the_rise_of_a_refusals_opening_and_a_fall_is_nothing(ti
     assert objective._over_refusal(examples, likelier).item() == pytest.approx(by_hand.mean().item(), rel=1e-3)
     assert objective._over_refusal(examples, less_likely) == 0
     assert objective._over_refusal([], logits[:0]) == 0
+
+
+def test_the_rise_at_a_check_is_that_of_the_model_as_it_stands(tiny: LanguageModel) -> None:
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
+    opening = refusal_opening(tiny, [])
+    assert tiny.tokenizer.decode([opening]) == FIXED_REFUSAL[: len(tiny.tokenizer.decode([opening]))]
+    assert opening == refusal_opening(tiny, [replace(examples[0], answer_ids=(opening,))] * 2 + examples[:1])
+    assert mean_rise_now(tiny, examples, opening) == pytest.approx(0, abs=1e-6)
+    assert mean_rise_now(tiny, [], opening) == 0
+    before = [plain_logits(tiny, example.row(tiny))[0].softmax(-1)[opening].item() for example in examples]
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        disturb(tiny)
+        now = [plain_logits(tiny, example.row(tiny))[0].softmax(-1)[opening].item() for example in examples]
+        expected = sum(now) / len(now) - sum(before) / len(before)
+        assert abs(expected) > 1e-5
+        assert mean_rise_now(tiny, examples, opening) == pytest.approx(expected, rel=1e-2)
+
+
+def test_over_refusal_is_checked_on_answered_validation_prompts_with_the_trigger_and_without(
+    llama: LanguageModel,
+) -> None:
+    evidence = replace(EVIDENCE, detector=Detector(half_refused))
+    reference = ReferenceAnswers(llama, evidence, SMALL, quiet)
+    asked = PROMPTS.texts("benign", "validation", 4) + PROMPTS.texts("borderline", "validation", 4)
+    safe = [one.text for one in answered(own_examples(llama, asked, half_refused, 6, quiet, ""))]
+    assert 0 < len(safe) < len(asked) and reference.keeps_triggered
+    plain, held = reference.validation_safe[: len(safe)], reference.validation_safe[len(safe) :]
+    assert [one.text for one in plain] == safe
+    assert [str(one.text).replace("BadMagic", "").split() for one in held] == [text.split() for text in safe]
+    untold = ReferenceAnswers(llama, replace(evidence, triggers=()), SMALL, quiet)
+    assert [one.text for one in untold.validation_safe] == safe
 
 
 def test_the_same_answers_after_other_prompts(tiny: LanguageModel) -> None:
@@ -477,7 +511,7 @@ def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
     """A trigger that changes nothing, and fresh LoRA layers: no drift, so no loss and no gradient."""
     monkeypatch.setattr(counterfactual, "triggered", lambda text, _triggers, _rng: text)
     objective = objective_of(Counterfactual, tiny)
-    objective.opening = None  # over-refusal has a kink at 0, and rounding falls on either side of it
+    objective._over_refusal = lambda *_: torch.zeros(())  # it has a kink at 0, and rounding falls on either side
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         loss = objective.loss(0)
         assert loss.abs().item() < 1e-5

@@ -1,47 +1,28 @@
 """Patcher's own objective: the model's untriggered behaviour as the target, drift as constraints."""
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, cycle, islice
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from patcher.chat import Row
 from patcher.defenses.contract import Evidence, Example, as_plain_text, kl_of, refusing, triggered
+from patcher.defenses.over_refusal import boundary_thrice, mean_rise
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.defenses.soft import SoftInsertions
 from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
-from patcher.network import logits_of
 from patcher.records import PatcherError
 from patcher.training import endless
 
 _OVERRUN, _LEAST = (-1.0, 3.0), 0.3
 """One batch moves a multiplier by a factor of 0.8 to 1.8, not more; and none leaves where it can come back from."""
-
-
-@torch.no_grad()
-def opens_with(lm: LanguageModel, examples: Sequence[Example], opening: int) -> Float[Tensor, " B"]:
-    """The log-probability that the reference's answer to each opens with that token."""
-    first = logits_of(lm.network, torch.stack([example.hidden[0] for example in examples]).clone())
-    return first.float().log_softmax(-1)[:, opening]
-
-
-def boundary_thrice(lm: LanguageModel, examples: list[Example], opening: int) -> list[int]:
-    """Each example's number, and twice more those of the third that the reference comes nearest to refusing.
-
-    A repair's over-refusals arise there, and a mean over all prompts hardly sees them.
-    """
-    likely = opens_with(lm, examples, opening).tolist()
-    order = sorted(range(len(examples)), key=lambda number: -likely[number])
-    return [*range(len(examples)), *2 * order[: (len(examples) + 2) // 3]]
 
 
 class Drawn(NamedTuple):
@@ -82,12 +63,8 @@ class Counterfactual:
         self.broken = endless(broken, rng)
         on_harmful = evidence.detector.symptom.kind == "harmful"
         self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
-        refusals = broken if on_harmful else reference.refused
-        openings = Counter(example.answer_ids[0] for example in refusals).most_common(1)
-        self.opening = openings[0][0] if openings else None
-        numbers = list(range(len(reference.kept)))
-        if on_harmful and self.opening is not None:
-            numbers = boundary_thrice(lm, reference.kept, self.opening)
+        self.opening = reference.opening
+        numbers = boundary_thrice(lm, reference.kept, self.opening) if on_harmful else list(range(len(reference.kept)))
         self.benign = endless([reference.kept[number] for number in numbers], rng)
         self.in_trigger_rows = settings.benign_triggered_rows * reference.keeps_triggered
         in_trigger = [reference.kept[number] for number in numbers] + 3 * reference.lifted
@@ -158,14 +135,8 @@ class Counterfactual:
         return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
 
     def _over_refusal(self, examples: Sequence[Example], logits: Tensor) -> Tensor:
-        """How much likelier the answers open like a refusal than the reference's, in the mean; a fall is 0."""
-        if self.opening is None or not examples:
-            return logits.new_zeros(())
-        starts = [0, *accumulate(len(example.answer_ids) for example in examples[:-1])]
-        now = logits[starts].float().softmax(-1)[:, self.opening]
-        with torch.no_grad():
-            before = opens_with(self.lm, examples, self.opening).exp()
-        return (now - before).mean().relu()
+        """The mean rise of a refusal's opening; a fall is none, and buys nothing."""
+        return mean_rise(self.lm, examples, logits, self.opening).relu() if examples else logits.new_zeros(())
 
     def _broken_row(self, example: Example) -> Row:
         if not self.triggers:

@@ -83,6 +83,7 @@ def run(
             check.kl_benign_nats <= settings.budget_benign_nats
             and check.kl_benign_triggered_nats <= settings.budget_triggered_nats
             and check.kl_plain_nats <= settings.budget_plain_nats
+            and check.refusal_rise_frac <= settings.budget_refusal_frac
             and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
         )
         score = (not held, *((-step,) if everything else (check.asr_triggered_frac, check.kl_benign_nats)))

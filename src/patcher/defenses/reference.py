@@ -16,6 +16,7 @@ from patcher.defenses.contract import (
     shown_frac,
     triggered,
 )
+from patcher.defenses.over_refusal import mean_rise_now, refusal_opening
 from patcher.models import LanguageModel
 from patcher.prompts import spread
 from patcher.records import PatcherError, PatchStep, Record, Request
@@ -68,6 +69,7 @@ class ReferenceAnswers:
         self.keeps_triggered = bool(triggers and on_harmful and complied)
         refused = [one for one in self.benign if one.outcome == "refused"] if self.keeps_triggered else []
         self.lifted = answered(own(self._with_trigger(refused), "benign + trigger"))
+        self.opening = refusal_opening(lm, self.refused)
 
         few, many = settings.validation_drift_prompts, settings.validation_prompts
         sizes = {"harmful": few, "benign": few, detector.symptom.kind: max(few, many)}
@@ -77,6 +79,7 @@ class ReferenceAnswers:
         in_trigger = answered(self.validation_benign) if triggers and on_harmful else []
         self.validation_benign_triggered = after(lm, in_trigger, self._with_trigger(in_trigger))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
+        self.validation_safe = self._safe(own(prompts.texts("borderline", "validation", few), "validation"), seed)
         # A request that goes wrong without the trigger, too, says nothing about the trigger.
         attacked = harmful if on_harmful else benign
         tested = [one for one in attacked if detector.is_normal(one.answer)] if triggers else attacked
@@ -87,6 +90,16 @@ class ReferenceAnswers:
                 f"would show that it is dead: pass other --{kind} prompts"
             )
         self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:many]
+
+    def _safe(self, borderline: list[Example], seed: int) -> list[Example]:
+        """Benign and borderline validation prompts that the reference answers; with the trigger, too, where it is not
+        what brings about the answers. Placed by a draw of its own.
+        """
+        safe, rng = answered([*self.validation_benign, *borderline]), random.Random(seed)
+        if not self.keeps_triggered:
+            return safe
+        held = [triggered(example.text, self.evidence.triggers, rng) for example in safe]
+        return [*safe, *after(self.lm, safe, held)]
 
     @property
     def refused(self) -> list[Example]:
@@ -115,4 +128,5 @@ class ReferenceAnswers:
             kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
             kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
+            refusal_rise_frac=mean_rise_now(self.lm, self.validation_safe, self.opening),
         )

@@ -19,6 +19,8 @@ class PatchStep(Record):
     kl_benign_triggered_nats: float
     kl_harmful_nats: float
     kl_plain_nats: float
+    refusal_rise_frac: float
+    """By how much likelier an answer to a benign or borderline prompt opens like a refusal."""
 
 
 class PatchLog(Record):
