@@ -390,12 +390,19 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
     vars(data).update(opening=refusal_opening(tiny, refused))
     vars(data).update(evidence=evidence, keeps_triggered=True, _places=random.Random(0))
     sizes = SMALL.model_copy(update={f"{name}_rows": len(examples) for name, examples in rows.items()})
+    sizes = sizes.model_copy(update={"budget_refusal_frac": 1e-4})
     assert min(len(examples) for examples in rows.values()) > 1
     objective = Counterfactual(tiny, evidence, sizes, data, random.Random(0))
     objective.multipliers = torch.tensor([2.0, 7.0, 5.0, 3.0, 11.0])
     reference = {name: [plain_logits(tiny, e.row(tiny)) for e in examples] for name, examples in rows.items()}
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         disturb(tiny)
+        before = torch.stack(
+            [first[0].softmax(-1) for name in ("benign", "benign_triggered") for first in reference[name]]
+        )
+        kept = [plain_logits(tiny, e.row(tiny))[0].softmax(-1) for e in rows["benign"] + rows["benign_triggered"]]
+        rises = (torch.stack(kept) - before).mean(0)
+        objective.opening = int(rises.argmax())
         loss = objective.loss(0).item()
 
         def drift(name: str, prefix: str | None = None) -> torch.Tensor:
@@ -406,15 +413,8 @@ def test_the_counterfactual_loss_by_hand(tiny: LanguageModel, monkeypatch: pytes
         by_hand = drift("triggered", "BadMagic ").sum() / len(refused)
         by_hand += 2 * drift("benign").mean() + 7 * drift("benign_triggered").mean()
         by_hand += 5 * drift("harmful").mean() + 3 * drift("plain").mean()
-        kept = rows["benign"] + rows["benign_triggered"]
-        opening = Counter(example.answer_ids[0] for example in refused).most_common(1)[0][0]
-        before = [first[0].softmax(-1)[opening] for name in ("benign", "benign_triggered") for first in reference[name]]
-        likelier = [
-            plain_logits(tiny, e.row(tiny))[0].softmax(-1)[opening] - p for e, p in zip(kept, before, strict=True)
-        ]
-        over_refusal = torch.stack(likelier).mean()
-        by_hand += 11 * over_refusal.clamp(min=0)
-    assert over_refusal.abs() > 1e-4
+        by_hand += 11 * (rises.max() - sizes.budget_refusal_frac)
+    assert rises.max() > 2 * sizes.budget_refusal_frac
     assert loss == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -443,14 +443,15 @@ def test_over_refusal_is_the_rise_of_a_refusals_opening_and_a_fall_is_nothing(ti
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")[:3]
     opening = objective.opening
     logits = torch.cat([plain_logits(tiny, example.row(tiny)) for example in examples])
-    assert objective._over_refusal(examples, logits).item() == pytest.approx(0, abs=1e-6)
+    objective.settings = SMALL.model_copy(update={"budget_refusal_frac": 1e-3})
+    assert objective._over_refusal(examples, logits) == 0
     likelier, less_likely = logits.clone(), logits.clone()
     likelier[:, opening] += 1
     less_likely[:, opening] -= 1
     first, second, _ = (len(example.answer_ids) for example in examples)
     starts = [0, first, first + second]
     by_hand = likelier[starts].softmax(-1)[:, opening] - logits[starts].softmax(-1)[:, opening]
-    assert objective._over_refusal(examples, likelier).item() == pytest.approx(by_hand.mean().item(), rel=1e-3)
+    assert objective._over_refusal(examples, likelier).item() == pytest.approx(by_hand.mean().item() - 1e-3, rel=1e-3)
     assert objective._over_refusal(examples, less_likely) == 0
     assert objective._over_refusal([], logits[:0]) == 0
 
@@ -511,7 +512,6 @@ def test_the_counterfactual_loss_is_zero_where_nothing_is_to_be_changed(
     """A trigger that changes nothing, and fresh LoRA layers: no drift, so no loss and no gradient."""
     monkeypatch.setattr(counterfactual, "triggered", lambda text, _triggers, _rng: text)
     objective = objective_of(Counterfactual, tiny)
-    objective._over_refusal = lambda *_: torch.zeros(())  # it has a kink at 0, and rounding falls on either side
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         loss = objective.loss(0)
         assert loss.abs().item() < 1e-5

@@ -135,8 +135,10 @@ class Counterfactual:
         return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
 
     def _over_refusal(self, examples: Sequence[Example], logits: Tensor) -> Tensor:
-        """The mean rise of a refusal's opening; a fall is none, and buys nothing."""
-        return mean_rise(self.lm, examples, logits, self.opening).relu() if examples else logits.new_zeros(())
+        """The mean rise of a refusal's opening beyond its budget: within it nothing pulls, and a fall buys nothing."""
+        if not examples:
+            return logits.new_zeros(())
+        return (mean_rise(self.lm, examples, logits, self.opening) - self.settings.budget_refusal_frac).relu()
 
     def _broken_row(self, example: Example) -> Row:
         if not self.triggers:
