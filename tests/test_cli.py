@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN
+from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD
 from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
@@ -767,3 +769,11 @@ def test_the_command_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 4
+
+
+def test_output_that_nobody_reads_is_no_failed_gate() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    ended = subprocess.run([sys.executable, "-m", "patcher", "--help"], stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (UNREAD, b"")

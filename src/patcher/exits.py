@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from patcher.records import PatcherError, UsageError, why
 from patcher.visible import visible
 
-REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, UNPROVEN, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, UNPROVEN, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 5, 130, 141
 CODES = {
     "repaired": REPAIRED,
     "gate-failed": GATE_FAILED,
@@ -28,6 +28,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
         if code == INTERRUPTED:  # typer turns Ctrl-C into its exit code, without a word
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except SystemExit:  # typer, when nobody reads any more (`| head`): its exit code 1 would say that a gate failed
+        return UNREAD
     except typer.TyperException as error:  # typer's own exit code 2 is our usage error
         return _fail(error.format_message() or "name a command", USAGE if error.exit_code == 2 else RUN_ERROR)
     except ValidationError as error:
