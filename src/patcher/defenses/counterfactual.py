@@ -135,7 +135,9 @@ class Counterfactual:
         return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
 
     def _over_refusal(self, examples: Sequence[Example], logits: Tensor) -> Tensor:
-        """The mean rise of a refusal's opening beyond its budget: within it nothing pulls, and a fall buys nothing."""
+        """The mean rise of a refusal's opening beyond its budget: within it nothing pulls, and a fall buys nothing. Its
+        multiplier, which sees what is beyond, grows from twice the budget on.
+        """
         if not examples:
             return logits.new_zeros(())
         return (mean_rise(self.lm, examples, logits, self.opening) - self.settings.budget_refusal_frac).relu()
