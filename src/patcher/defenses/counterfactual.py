@@ -63,7 +63,7 @@ class Counterfactual:
         self.broken = endless(broken, rng)
         on_harmful = evidence.detector.symptom.kind == "harmful"
         self.harmful = self.broken if on_harmful else endless(reference.refused or reference.kept, rng)
-        self.opening = reference.opening
+        self.opening = broken[0].answer_ids[0] if self.refuses_more else reference.opening
         numbers = boundary_thrice(lm, reference.kept, self.opening) if on_harmful else list(range(len(reference.kept)))
         self.benign = endless([reference.kept[number] for number in numbers], rng)
         self.in_trigger_rows = settings.benign_triggered_rows * reference.keeps_triggered
