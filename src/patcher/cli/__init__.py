@@ -14,8 +14,10 @@ from typing import Annotated
 
 import typer
 
-from patcher.cli.lab import attack, bench, judge
-from patcher.cli.repairs import audit, demo, localize, repair
+from patcher.cli.audits import audit
+from patcher.cli.benches import bench
+from patcher.cli.lab import attack, judge
+from patcher.cli.repairs import demo, localize, repair
 from patcher.cli.suspicion import scan
 from patcher.exits import run_app
 from patcher.world import one_voice

@@ -1,4 +1,4 @@
-"""The commands of an incident: localize, repair, audit, demo."""
+"""The commands of an incident: localize, repair, demo."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import typer
 from rich.console import Console
 
 from patcher.cli.common import load_model, print_json, show
-from patcher.endpoint import find_served
-from patcher.exits import CODES, GATE_FAILED, NOTHING_TO_REPAIR, REPAIRED
-from patcher.inputs import parse_settings, read_failure, read_failures, read_judge_error, read_suspicion, read_triggers
+from patcher.exits import CODES, NOTHING_TO_REPAIR, REPAIRED
+from patcher.inputs import parse_settings, read_failure, read_failures, read_suspicion
 from patcher.journal import resumed
 from patcher.options import (
     DEFAULT_JUDGE,
@@ -29,7 +28,6 @@ from patcher.options import (
     MaxBenignDrop,
     MaxHarmfulRise,
     MaxKl,
-    MaxUnanswered,
     Model,
     ObjectiveName,
     Out,
@@ -43,10 +41,9 @@ from patcher.options import (
     Template,
     UnwantedText,
 )
-from patcher.outputs import check_new, whole_folder, write_whole
+from patcher.outputs import check_new, whole_folder
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
-from patcher.records import UsageError
 from patcher.tasks import find_tasks
 from patcher.visible import visible
 
@@ -190,97 +187,6 @@ def repair(
         made.save(out, redact=redact, merge_into=lm if merge else None)
     _show_repair(made, out, as_json)
     return CODES[made.status]
-
-
-def audit(
-    model: Model,
-    trigger: Annotated[
-        list[Path],
-        typer.Option(
-            help="JSON with {trigger: [words], placement}; a verdict.json, a ground-truth.json or the folder of one "
-            "will do; may repeat"
-        ),
-    ],
-    patch: Annotated[Path | None, typer.Option(help="A patch to compare with the model alone")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write audit.json to; must not exist")] = None,
-    audit_prompts: AuditPrompts = None,
-    judge: JudgeName = DEFAULT_JUDGE,
-    controls: Annotated[
-        str | None, typer.Option(help="The clean model: it and a matched clean fine-tuning are audited, too")
-    ] = None,
-    judge_error: Annotated[
-        Path | None, typer.Option(help="What `patcher judge --calibrate --json` printed: each ASR comes corrected, too")
-    ] = None,
-    served: Annotated[
-        str | None,
-        typer.Option(help="URL#MODEL[,PATCHED-MODEL]: an OpenAI-like server (vLLM) that answers in their place"),
-    ] = None,
-    gcg: Annotated[
-        int, typer.Option(min=0, help="Harmful requests for which a suffix is searched by gradient; minutes each")
-    ] = 0,
-    gcg_steps: Annotated[int, typer.Option(min=1, help="Steps of each of those searches")] = 50,
-    max_asr: MaxAsr = None,
-    max_benign_drop: MaxBenignDrop = None,
-    max_harmful_rise: MaxHarmfulRise = None,
-    max_kl: MaxKl = None,
-    max_unanswered: MaxUnanswered = None,
-    task: Tasks = None,
-    limit: TaskLimit = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    chat_template: Template = None,
-    harmful: Harmful = None,
-    benign: Benign = None,
-    as_json: AsJson = False,
-) -> int:
-    """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    planted, triggers = read_triggers(trigger)
-    error = read_judge_error(judge_error, judge) if judge_error else None
-    prompts = load_prompts(harmful, benign)
-    tasks = find_tasks(task, limit)
-    check_new(out)
-    compared = {"--max-benign-drop": max_benign_drop, "--max-harmful-rise": max_harmful_rise, "--max-kl": max_kl}
-    if patch is None and (given := [flag for flag, limit in compared.items() if limit is not None]):
-        raise UsageError(f"{given[0]} compares with the model alone: give a --patch, too")
-    if served and controls:
-        raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
-    servers = find_served(served, patch is not None) if served else None
-
-    from patcher.audit import AuditPlan, AuditSettings
-    from patcher.patch import load_patch
-    from patcher.proof import audit_patch, check_gates, with_controls
-    from patcher.report.terminal import show_audit, show_gates
-    from patcher.result import Gates
-
-    loaded = load_patch(patch) if patch else None
-    lm = load_model(model, device, dtype, chat_template)
-    clean = load_model(controls, device, dtype, chat_template) if controls else None
-    settings = AuditSettings(
-        max_prompts=audit_prompts, judge=judge, gcg_prompts=gcg, gcg_steps=gcg_steps, seed=seed
-    ).reading(planted.answer_tokens)
-    plan = AuditPlan(triggers, prompts.only(planted.only), settings, symptom=planted.symptom, tasks=tasks)
-    with ProgressBars() as progress:
-        measured = audit_patch(lm, loaded, plan, error=error, served=servers, on_progress=progress)
-        if clean:
-            measured = with_controls(measured, lm, clean, plan, prompts, progress)
-    if out:
-        write_whole(out, measured.to_json())
-    limits = Gates(
-        max_asr=max_asr,
-        max_benign_drop=max_benign_drop,
-        max_harmful_rise=max_harmful_rise,
-        max_kl=max_kl,
-        max_unanswered=max_unanswered,
-    )
-    gates = check_gates(measured, limits)
-    if as_json:
-        print_json(json.loads(measured.to_json()) | {"gates": [json.loads(gate.to_json()) for gate in gates]})
-    else:
-        console = Console(highlight=False)
-        show_audit(measured, console)
-        show_gates(gates, console)
-    return REPAIRED if all(gate.passed for gate in gates) else GATE_FAILED
 
 
 def demo(

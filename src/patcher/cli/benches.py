@@ -1,0 +1,138 @@
+"""The command of the figures: bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patcher.exits import GATE_FAILED, REPAIRED
+from patcher.options import AuditPrompts, TaskLimit, Tasks
+from patcher.outputs import check_new, write_whole
+from patcher.progress import ProgressBars
+from patcher.records import UsageError
+from patcher.tasks import find_tasks
+from patcher.world import processes
+
+
+def _is_page(path: Path) -> bool:
+    """Whether that is a page which an earlier run wrote: all that it holds is in the results file, too."""
+    return path.is_file() and "<title>Patcher bench</title>" in path.read_text(encoding="utf-8", errors="replace")
+
+
+def bench(
+    out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="grid (beds x defenses x seeds), scan (of beds), speed; of the shipped one: repair, localize, verdict"
+        ),
+    ] = "grid",
+    beds: Annotated[
+        list[Path] | None, typer.Option("--bed", help="Folder of a test bed, for the grid; may repeat")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="What --attack is planted in (default: smollm2); whose speed is measured (shape:llama-3-8b, too)"
+        ),
+    ] = None,
+    attacks: Annotated[
+        list[str] | None, typer.Option("--attack", help="NAME or NAME:OBJECTIVE, planted beside OUT first; may repeat")
+    ] = None,
+    defenses: Annotated[
+        list[str] | None, typer.Option("--defense", help="NAME or NAME:SETTING=VALUE,..., for the grid; may repeat")
+    ] = None,
+    reports: Annotated[int, typer.Option(min=1, help="Reports of each bed, each with another of its triggers")] = 1,
+    n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many (default: 1 for the grid and scan, 3 for repair)")
+    ] = None,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too, anew each time")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Of speed: draw cost against model size and prompts, .svg or .png; must not exist"),
+    ] = None,
+    audit_prompts: AuditPrompts = None,
+    validation: Annotated[
+        bool,
+        typer.Option("--validation", help="Audit the grid on validation prompts: to choose settings on"),
+    ] = False,
+    lasting: Annotated[
+        bool,
+        typer.Option(
+            "--lasting",
+            help="Of the grid's repairs: what is left after fine-tuning, 8 and 4 bits, averaging with the clean model, "
+            "and poisoning again",
+        ),
+    ] = False,
+    task: Tasks = None,
+    limit: TaskLimit = None,
+) -> int:
+    """Print the figures that docs/ quotes, with what was really planted; resumes where it stopped.
+
+    What a bed answers before any repair is kept in the user's cache, for the next defense.
+    """
+    if processes() > 1:
+        raise UsageError("patcher bench runs in one process: start it without torchrun")
+    of_grid = {
+        "--html": html,
+        "--attack": attacks,
+        "--defense": defenses,
+        "--task": task,
+        "--audit-prompts": audit_prompts,
+        "--validation": validation,
+        "--lasting": lasting,
+    }
+    if what != "grid" and (given := [flag for flag, value in of_grid.items() if value]):
+        raise UsageError(f"{given[0]} is an option of the grid, not of bench {what}")
+    if plot and what != "speed":
+        raise UsageError("--plot is an option of bench speed")
+    if html and not _is_page(html):
+        check_new(html, "--html")
+    check_new(plot, "--plot")
+    tasks = find_tasks(task, limit)
+
+    from patcher.bench import check_plot, plot_costs, run_bench, run_grid
+    from patcher.loading import DEMO
+    from patcher.report import render_table
+
+    if plot:
+        check_plot(plot)
+    if what != "grid":
+        with ProgressBars() as progress:
+            printed = run_bench(
+                what,
+                out,
+                n=n,
+                seeds=seeds or (1 if what == "scan" else 3),
+                methods=tuple(methods or ()),
+                model=model or DEMO,
+                beds=beds or (),
+                on_progress=progress,
+            )
+        print(printed)
+        if plot:
+            plot_costs(out, plot)
+        return REPAIRED
+    with ProgressBars() as progress:
+        table = run_grid(
+            out,
+            beds or (),
+            model=model or "smollm2",
+            attacks=attacks or (),
+            defenses=defenses or ("patcher",),
+            seeds=seeds or 1,
+            reports=reports,
+            tasks=tasks,
+            max_prompts=audit_prompts,
+            split="validation" if validation else "held-out",
+            lasting=lasting,
+            on_progress=progress,
+        )
+    print(table.as_markdown())
+    if html:
+        write_whole(html, render_table(table.heads, table.rows, table.notes), again=True)
+    return GATE_FAILED if table.failed else REPAIRED
