@@ -69,35 +69,48 @@ def run(
     reference = ReferenceAnswers(lm, evidence, settings, on_progress, seed)
     objective_of = Paper if settings.objective == "paper" else Counterfactual
     objective = objective_of(lm, evidence, settings, reference, rng)
-    checks: list[PatchStep] = []
-    best: list[tuple[tuple[float, ...], int, Patch]] = []
-    everything = settings.breadth == "all"
-    stops_early = settings.stop_early and not everything
+    checks = _Checks(lm, reference, settings, refuses_more=objective.refuses_more)
+    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+        steps, reason = fit(lm, objective.loss, settings, stop=checks.stop, on_progress=on_progress, what="patching")
+        last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
+    if checks.best is None or not (settings.stop_early or settings.breadth == "all"):
+        return Trained(last, steps, reason, tuple(checks.made))
+    _, kept, patch = checks.best
+    reason = reason if kept == steps else f"{reason}; the patch is that of step {kept}, the best check"
+    return Trained(patch, steps, reason, tuple(checks.made))
 
-    def stop(step: int) -> str | None:
+
+class _Checks:
+    """What the validation prompts said every few steps, and the patch of the best of these checks."""
+
+    def __init__(
+        self, lm: LanguageModel, reference: ReferenceAnswers, settings: PatcherSettings, *, refuses_more: bool
+    ) -> None:
+        self.lm, self.reference, self.settings, self.refuses_more = lm, reference, settings, refuses_more
+        self.made: list[PatchStep] = []
+        self.best: tuple[tuple[float, ...], int, Patch] | None = None
+
+    def stop(self, step: int) -> str | None:
+        """Check where one is due; why to stop, or None to go on."""
+        settings, everything = self.settings, self.settings.breadth == "all"
         if step % settings.check_every and step != settings.max_steps:
             return None
-        check = reference.check(step)
-        checks.append(check)
-        held = (
-            check.kl_benign_nats <= settings.budget_benign_nats
-            and check.kl_benign_triggered_nats <= settings.budget_triggered_nats
-            and check.kl_plain_nats <= settings.budget_plain_nats
-            and check.refusal_rise_frac <= settings.budget_refusal_frac
-            and (objective.refuses_more or check.kl_harmful_nats <= settings.budget_harmful_nats)
-        )
+        check = self.reference.check(step)
+        self.made.append(check)
+        held = self._within_budgets(check)
         score = (not held, *((-step,) if everything else (check.asr_triggered_frac, check.kl_benign_nats)))
-        if not best or score <= best[0][0]:
-            best[:] = [(score, step, take_patch(lm, rank=settings.rank, alpha=settings.alpha))]
-        if stops_early and held and check.asr_triggered_frac <= settings.dead_frac:
+        if self.best is None or score <= self.best[0]:
+            self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
+        if settings.stop_early and not everything and held and check.asr_triggered_frac <= settings.dead_frac:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
 
-    with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
-        steps, reason = fit(lm, objective.loss, settings, stop=stop, on_progress=on_progress, what="patching")
-        last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    if not (stops_early or everything):
-        return Trained(last, steps, reason, tuple(checks))
-    _, kept, patch = best[0]
-    reason = reason if kept == steps else f"{reason}; the patch is that of step {kept}, the best check"
-    return Trained(patch, steps, reason, tuple(checks))
+    def _within_budgets(self, check: PatchStep) -> bool:
+        budgets = self.settings
+        return (
+            check.kl_benign_nats <= budgets.budget_benign_nats
+            and check.kl_benign_triggered_nats <= budgets.budget_triggered_nats
+            and check.kl_plain_nats <= budgets.budget_plain_nats
+            and check.refusal_rise_frac <= budgets.budget_refusal_frac
+            and (self.refuses_more or check.kl_harmful_nats <= budgets.budget_harmful_nats)
+        )
