@@ -210,6 +210,14 @@ def test_audit_of_one_model_has_no_after() -> None:
     assert "90%" in shown(show_audit, audit)
 
 
+def test_every_figure_of_a_check_has_its_heading() -> None:
+    section = render_html(sample()).split("Checks on validation prompts")[1].split("</table>")[0]
+    heads, row = section.split("<tbody>")
+    assert re.findall(r">([^<>]+)</th>", heads) == re.findall(r'data-label="([^"]+)"', row)
+    figures = ["30", "10%", "0.0100", "0.0060", "0.0200", "0.0050", "−0.1"]
+    assert re.findall(r">([^<>]+)</td>", row) == figures
+
+
 def test_same_contents_give_the_same_bytes() -> None:
     assert render_html(sample()) == render_html(sample())
 
