@@ -275,6 +275,8 @@ def test_whole_tensors_are_put_in_place_reverted_and_saved(tiny: LanguageModel, 
     loaded = load_patch(tmp_path / "both")
     assert loaded.fingerprint == both.fingerprint
     torch.testing.assert_close(loaded.changed[name], new)
+    with pytest.raises(KeyError, match=r"load it with patcher\.load"):  # PEFT would leave the whole tensors out
+        PeftModel.from_pretrained(tiny.network, str(tmp_path / "both"))
     (tmp_path / "both" / "changed.safetensors").unlink()
     with pytest.raises(UsageError, match="was altered"):
         load_patch(tmp_path / "both")
@@ -409,6 +411,8 @@ def pair(name: str, into: int, out: int) -> dict[str, dict[str, torch.Tensor]]:
         (pair("model.layers", 32, 32), "model.layers is no linear layer"),
         ({"changed": {"nope.weight": torch.zeros(3)}}, "there is none"),
         ({"changed": {"model.norm.weight": torch.zeros(3)}}, r"that weight is \[32\]"),
+        ({"changed": {"lm_head.weight": torch.zeros(3, 32)}}, r"changes the output matrix \(lm_head.weight\)"),
+        (pair("lm_head", 32, 64), r"changes the output matrix \(lm_head.lora_A.weight\)"),
     ],
 )
 def test_a_forged_adapter_that_fits_no_layer_is_refused(

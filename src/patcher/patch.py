@@ -26,6 +26,8 @@ from patcher.sharding import put, whole
 WEIGHTS, CONFIG, PATCH = "adapter_model.safetensors", "adapter_config.json", "patch.json"
 CHANGED = "changed.safetensors"
 """Whole tensors that stand in the place of the base's; PEFT does not know them."""
+_NOT_FOR_PEFT = "this patch holds whole tensors, which PEFT does not know: load it with patcher.load"
+"""In place of the kind of adapter: PEFT, which would load the rest without a word, ends with these words."""
 _PREFIX = "base_model.model."
 
 
@@ -173,6 +175,13 @@ def check_base(patch: Patch, lm: LanguageModel) -> None:
             f"{lm.fingerprint[:12]}: use exactly the model that it was made from"
         )
     modules, weights = dict(lm.network.named_modules()), dict(lm.network.named_parameters(remove_duplicate=False))
+    head = lm.network.get_output_embeddings()
+    of_head = [key for key in patch.tensors if modules.get(key.rsplit(".lora_", 1)[0]) is head]
+    if of_head := [*of_head, *(name for name in patch.changed if weights.get(name) is head.weight)]:
+        raise UsageError(
+            f"this patch changes the output matrix ({of_head[0]}), through which the reference's hidden states are "
+            "read, too: its drift could not be told; leave the embeddings and the output matrix as they are"
+        )
     for key, tensor in patch.tensors.items():
         name, *_ = key.rsplit(".lora_", 1)
         shape, side = _shape(modules.get(name)), int(key.endswith(".lora_A.weight"))
@@ -218,7 +227,7 @@ def save_patch(patch: Patch, folder: Path, *, card: str) -> None:
 def _config(patch: Patch) -> dict[str, Any]:
     """What PEFT must know to compute this very patch; one key more or less, and it would compute another."""
     return {
-        "peft_type": "LORA",
+        "peft_type": _NOT_FOR_PEFT if patch.changed else "LORA",
         "task_type": "CAUSAL_LM",
         "r": patch.rank,
         "lora_alpha": patch.alpha,
