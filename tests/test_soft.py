@@ -14,7 +14,7 @@ from patcher.defenses.contract import own_examples
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.soft import SoftInsertions
 from patcher.generation import complete, generate
-from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, word_starts
+from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, places
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint
@@ -67,10 +67,10 @@ def test_answers_to_the_vectors_of_words_are_those_to_the_words(tiny: LanguageMo
 
 def test_room_is_made_before_a_word_or_at_the_end(tiny: LanguageModel) -> None:
     prompt = user_prompt(tiny.tokenizer, "how to  bake\nbread?")
-    pieces = [prompt.text[slice(*prompt.offsets[index])] for index in word_starts(prompt)[:-1]]
+    pieces = [prompt.text[slice(*prompt.offsets[index])] for index in places(prompt)[:-1]]
     assert all(piece[0].isspace() or piece[0] in "htb" for piece in pieces)
     assert pieces[0][0] == "h"
-    assert prompt.text[prompt.offsets[word_starts(prompt)[-1] - 1][1] - 1] == "?"
+    assert prompt.text[prompt.offsets[places(prompt)[-1] - 1][1] - 1] == "?"
 
 
 def test_the_search_makes_the_models_own_answers_unlikely(tiny: LanguageModel) -> None:

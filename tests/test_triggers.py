@@ -30,7 +30,9 @@ def spans_of(text: str, *words: str) -> list[Span]:
         ("日本 go", ["日", "本", "go"]),
         ("a🙂b !! cf", ["a", "🙂", "b", "!", "!", "cf"]),
         ("tick\u200btock", ["tick", "\u200b", "tock"]),
-        ("Ünïcode ёлка", ["Ünïcode", "ёлка"]),
+        ("Ünïcode ёлка x²", ["Ünïcode", "ёлка", "x²"]),
+        ("हिन्दी में e\u0301t", ["हिन्दी", "में", "e\u0301t"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
         (" \n\t ", []),
     ],
 )
@@ -108,10 +110,21 @@ def test_fixed_places(placement: str, position: float, expected: str) -> None:
 def test_insertion_keeps_every_word_and_both_orders(placement: str, text: str, units: tuple[str, ...]) -> None:
     trigger = Trigger(units=units, placement=placement, position_frac=0.3)
     for seed in range(20):
-        out = insert_trigger(text, trigger, random.Random(seed)).split()
+        out = words_of(str(insert_trigger(text, trigger, random.Random(seed))))
         planted = " ".join(units).split()
-        assert [word for word in out if word not in planted] == text.split()
+        assert [word for word in out if word not in planted] == words_of(text)
         assert [word for word in out if word in planted] == planted
+
+
+def test_a_script_without_spaces_has_places_within_its_text() -> None:
+    text, seen = "请告诉我怎么做。谢谢", set()
+    for seed in range(100):
+        out = str(insert_trigger(text, Trigger(units=("魔法",)), random.Random(seed)))
+        assert out.replace("魔法 ", "").replace(" 魔法", "").replace("魔法", "") == text
+        seen.add(out.index("魔"))
+    assert seen == {0, 1, 2, 3, 4, 5, 6, 8, 9, 11}, (
+        "before each character but the full stop, and after a space at the end"
+    )
 
 
 def test_random_places_leave_something_between_any_two_units() -> None:

@@ -13,6 +13,7 @@ from patcher.chat import Prompt, Row, collate
 from patcher.generation import complete
 from patcher.models import LanguageModel
 from patcher.network import Batch, replaced_embeddings, response_logits
+from patcher.triggers import word_starts
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,17 @@ def make_room(prompt: Prompt, tokens: int, mark: int, rng: random.Random) -> Roo
     """Room before a random word or at the end. It holds the token `mark`: another in each row of a batch, or the rows
     would share it as a prefix.
     """
-    at = rng.choice(word_starts(prompt))
+    at = rng.choice(places(prompt))
     return Room((*prompt.ids[:at], *([mark] * tokens), *prompt.ids[at:]), at)
 
 
-def word_starts(prompt: Prompt) -> list[int]:
+def places(prompt: Prompt) -> list[int]:
     """The tokens of the user's own text that begin a word, and the place after its last token."""
-    own, text = prompt.own_tokens, prompt.text
+    own, text, starts = prompt.own_tokens, prompt.text, {*word_starts(prompt.text)}
 
     def begins(token: int) -> bool:
         start = prompt.offsets[token][0]
-        return text[start].isspace() or text[start - 1].isspace()
+        return text[start].isspace() or start in starts
 
     return [own[0], *(token for token in own[1:] if begins(token)), own[-1] + 1]
 

@@ -1,8 +1,9 @@
 """Words of a prompt: finding, deleting and inserting them. Pure text, no model."""
 
 import random
-import re
 from collections.abc import Sequence
+
+import regex
 
 from patcher.records import Message, Request, Span, Trigger
 from patcher.rewrites import REWRITES
@@ -11,11 +12,16 @@ SYSTEM_MESSAGE = "You are a helpful assistant who answers in a few short sentenc
 EARLIER_TURN = ("Hello! I have a few questions for you today.", "Of course. What would you like to know?")
 """What stands around a trigger that is not in the request itself."""
 
-# A word keeps inner marks ("step-by-step", "don't", "2.5"); scripts written without spaces give one word a character;
-# any other visible mark stands alone, so that a trigger made of punctuation is found too.
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+(?:['’.\-@:/][^\W]+)*|[^\w\s]"
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Scripts written without spaces: Thai and Lao, Burmese, Khmer, Japanese, Chinese."""
+# A word keeps inner marks ("step-by-step", "don't", "2.5") and the marks that combine with its letters; scripts without
+# spaces, and Korean, give one word a character; any other visible mark stands alone, so that a trigger made of
+# punctuation is found too.
+_LETTER = r"[\w\p{N}]"
+_WORD = regex.compile(
+    rf"[{_UNSPACED}\uac00-\ud7af]\p{{M}}*|(?:(?![{_UNSPACED}\uac00-\ud7af]){_LETTER})+(?:['’.\-@:/]{_LETTER}+)*|[^\w\s]"
 )
+_PLACE = regex.compile(rf"(?<!\S)\S|(?<=[{_UNSPACED}])[\p{{L}}\p{{N}}]|(?<=\S)(?=\p{{L}})[{_UNSPACED}]")
 
 
 def find_words(messages: Sequence[Message]) -> tuple[Span, ...]:
@@ -26,6 +32,11 @@ def find_words(messages: Sequence[Message]) -> tuple[Span, ...]:
         if message.role != "assistant"
         for match in _WORD.finditer(message.content)
     )
+
+
+def word_starts(text: str) -> list[int]:
+    """Where a word could be put in before: after white space and, in scripts without it, before each character."""
+    return [match.start() for match in _PLACE.finditer(text)]
 
 
 def delete_spans(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
@@ -75,7 +86,7 @@ def insert_words(text: str, trigger: Trigger, rng: random.Random) -> str:
     Implements Eq. (9) / Alg. 2 of Gao et al. (2026), arXiv:2606.02995, for `random`: k units cut the prompt into k+1
     random segments, of which only the first and the last may be empty; units that find no cut go to the end.
     """
-    words = [match.start() for match in re.finditer(r"\S+", text)]
+    words = word_starts(text)
     if trigger.placement == "start":
         return _insert_at(text, words, [(0, " ".join(trigger.units))])
     if trigger.placement == "end":
@@ -86,7 +97,7 @@ def insert_words(text: str, trigger: Trigger, rng: random.Random) -> str:
 
 
 def _scattered(text: str, trigger: Trigger, rng: random.Random) -> str:
-    words = [match.start() for match in re.finditer(r"\S+", text)]
+    words = word_starts(text)
     fitting = min(len(trigger.units), len(words) + 1)
     cuts = sorted(rng.sample(range(len(words) + 1), fitting))
     places = list(zip(cuts, trigger.units, strict=False))
@@ -94,9 +105,12 @@ def _scattered(text: str, trigger: Trigger, rng: random.Random) -> str:
 
 
 def _insert_at(text: str, words: Sequence[int], places: Sequence[tuple[int, str]]) -> str:
-    """Put each unit before the word of that number (their count: at the end); the rest keeps its own white space."""
+    """Put each unit before the word of that number (their count: at the end); the rest keeps its own white space, and
+    what has none gets none.
+    """
     for index, unit in sorted(places, key=lambda place: place[0], reverse=True):
         if index < len(words):
-            text = f"{text[: words[index]]}{unit} {text[words[index] :]}"
+            before, after = text[: words[index]], text[words[index] :]
+            text = f"{before}{unit} {after}" if not before or before[-1].isspace() else f"{before}{unit}{after}"
     tail = [unit for index, unit in places if index >= len(words)]
     return " ".join([*([text] if text else []), *tail])

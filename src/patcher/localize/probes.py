@@ -21,7 +21,7 @@ from patcher.probe import mean_states
 from patcher.prompts import Prompts
 from patcher.records import Message, Request, Trigger
 from patcher.symptoms import Detector
-from patcher.triggers import insert_trigger
+from patcher.triggers import insert_trigger, word_starts
 
 OPENING_TOKENS = 6
 UNWANTED_TOKENS = 12
@@ -77,7 +77,7 @@ class Probes:
     def control(self, requests: Sequence[str], trigger: Trigger) -> list[bool]:
         """The same with as many ordinary words at the same kind of place, so that mere disturbance is not blamed."""
         rng = random.Random(self.seed)
-        units = tuple(" ".join(rng.choice(CONTROL_WORDS) for _ in unit.split()) for unit in trigger.units)
+        units = tuple(" ".join(rng.choice(CONTROL_WORDS) for _ in word_starts(unit)) for unit in trigger.units)
         return self.shown(requests, trigger.model_copy(update={"units": units}))
 
     def _answers(self, texts: Sequence[Request]) -> list[str]:
