@@ -207,10 +207,13 @@ def test_another_report_of_the_same_trigger_costs_nothing(llama: LanguageModel) 
     assert len(probes.asked_texts) == cost
 
 
-def test_a_long_conversation_is_scored_on_its_last_words(llama: LanguageModel) -> None:
-    found = found_by(probes_of(llama, has("tonight")), settings=SETTINGS.model_copy(update={"max_ranked_words": 5}))
-    assert [word.span.text for word in found.words] == PROMPT.split()[-5:]
-    assert units_of(found) == [("tonight",)]
+@pytest.mark.parametrize("word", [PROMPT.split()[0], "tonight"])
+def test_a_long_conversation_is_searched_at_both_ends(llama: LanguageModel, word: str) -> None:
+    words = PROMPT.split()
+    found = found_by(probes_of(llama, has(word)), settings=SETTINGS.model_copy(update={"max_ranked_words": 5}))
+    assert [one.span.text for one in found.words] == [*words[:2], *words[-3:]]
+    assert found.left_out == len(words) - 5
+    assert units_of(found) == [(word,)]
 
 
 @pytest.mark.parametrize("seed", range(30))

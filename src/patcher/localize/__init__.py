@@ -108,6 +108,7 @@ class Localizer:
             replay_shows=shows[1],
             prompt_harm_frac=self.harm_frac(report.messages) if shows[1] and self._must_ask(found) else None,
             probes_normal=self.probes.normal,
+            words_left_out=found.left_out,
             notes=notes,
         )
 
@@ -126,9 +127,12 @@ class Localizer:
         if not any(shows):
             return Found((), (), 0), ("the answer is not what was reported, so no words were looked for",)
         found = search(self.probes, report.messages, response, self._fails, self.settings)
+        left_out = f"{found.left_out} words in the middle of the conversation were not searched"
+        cut = (left_out,) if found.left_out else ()
         if self._explains(found) or not self._could_be_a_failure(report):
-            return found, ()
-        return self._search_near(report, response, found)
+            return found, cut
+        again, notes = self._search_near(report, response, found)
+        return again, (*cut, *notes)
 
     def _could_be_a_failure(self, report: FailureReport) -> bool:
         """To answer a benign request is none, whatever its words do."""

@@ -41,7 +41,7 @@ class CausalSettings(Record):
     max_alternatives: int = 3
     """Sufficient triggers looked for in one report."""
     max_ranked_words: int = 400
-    """A longer conversation is scored on its last words only, and says so."""
+    """Of a longer conversation the first and the last words are searched, and the rest is said to be left out."""
 
     @classmethod
     def testing_on(cls, requests: int | None) -> "CausalSettings":
@@ -56,6 +56,8 @@ class Found:
     words: tuple[WordScore, ...]
     candidates: tuple[Candidate, ...]
     tried: int
+    left_out: int = 0
+    """Words of the conversation that were not searched."""
 
 
 def deletion_scores(probes: Probes, messages: Sequence[Message], words: Sequence[Span], response: str) -> list[float]:
@@ -77,7 +79,8 @@ def search(
     After one is found its words are deleted; where the failure remains, the rest is searched again.
     """
     rest = tuple(messages)
-    words = find_words(messages)[-settings.max_ranked_words :]
+    every = find_words(messages)
+    words = _both_ends(every, settings.max_ranked_words)
     scores = deletion_scores(probes, messages, words, response)
     ranked = tuple(WordScore(span=word, score=score) for word, score in zip(words, scores, strict=True))
     taken: list[Span] = []
@@ -97,7 +100,14 @@ def search(
             break
         scores = _scores_after(probes, messages, response, words, taken, scores)
     candidates.sort(key=lambda candidate: -candidate.effect_frac)
-    return Found(ranked, tuple(candidates), max(1, tried))
+    return Found(ranked, tuple(candidates), max(1, tried), len(every) - len(words))
+
+
+def _both_ends(words: Sequence[Span], most: int) -> tuple[Span, ...]:
+    """The first and the last so many together: triggers are mostly put at an end, or in the system message."""
+    if len(words) <= most:
+        return tuple(words)
+    return (*words[: most // 2], *words[len(words) - (most - most // 2) :])
 
 
 def _scores_after(

@@ -141,6 +141,7 @@ class Localization(Record):
     `prompt_harm_frac` is None where the verdict does not hang on it: words explain the failure, or there was none.
     `response_shows` and `replay_shows` say whether the symptom is seen in the reported response and in a fresh one.
     `token_passes` is the cost: tokens that went through the model forwards (a backward counts as two more).
+    `words_left_out` counts the words of a long conversation that were not searched.
     """
 
     method: str
@@ -157,6 +158,7 @@ class Localization(Record):
     replay_shows: bool
     prompt_harm_frac: float | None
     probes_normal: int
+    words_left_out: int = 0
     notes: tuple[str, ...] = ()
 
 
