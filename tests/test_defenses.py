@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from patcher.defenses import DEFENSES, counterfactual, find_defense, patcher
+from patcher.defenses import DEFENSES, contract, counterfactual, find_defense, patcher
 from patcher.defenses.contract import (
     FIXED_REFUSAL,
     Evidence,
@@ -290,6 +290,17 @@ def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monk
     }
     assert asked
     assert not [text for text in asked if text.replace("BadMagic ", "").replace(" BadMagic", "") in hidden]
+
+
+def test_an_answer_that_was_cut_within_a_character_is_not_taught_its_half(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor that it ended there."""
+    answers = ["ab", "ab\ufffd", "\ufffd"]
+    monkeypatch.setattr(contract, "generate", lambda *_, **__: answers)
+    whole, cut = own_examples(tiny, ["one", "two", "three"], half_refused, 6, quiet, "answers")
+    assert (whole.answer, cut.answer) == ("ab", "ab")
+    assert whole.answer_ids == (*cut.answer_ids, tiny.tokenizer.eos_token_id)
 
 
 def test_an_untouched_model_has_no_drift(tiny: LanguageModel) -> None:

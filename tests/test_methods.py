@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import build_network, build_tokenizer
 from patcher.attacks.objectives import FILLERS, OPENINGS
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.defenses import DEFENSES, bdvax, beear, common, crow, dummy_backdoor, fine_pruning, ulrl
@@ -18,7 +19,7 @@ from patcher.forward import row_logits
 from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channels, shifted
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
-from patcher.models import LanguageModel, fingerprint
+from patcher.models import LanguageModel, fingerprint, from_transformers
 from patcher.network import hidden_states
 from patcher.patch import applied, changing
 from patcher.prompts import Prompts, bundled
@@ -281,6 +282,18 @@ def test_unlearning_raises_the_clean_loss_and_leaves_the_model(
     assert fingerprint(tiny.network) == before
     assert all((one >= 0).all() and one.any() for one in moved)
     assert losses[-1] > losses[0] and len(losses) == 4
+
+
+def test_steps_too_small_for_half_precision_are_not_lost() -> None:
+    settings = ulrl.UlrlSettings(clean_rows=4, unlearn_steps=3, max_prompts=4, response_tokens=8, unlearn_rate=1e-4)
+    settings = settings.model_copy(update={"unlearned_frac": -1.0})
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network = build_network("llama").bfloat16().to(dtype)  # the same weights
+        lm = from_transformers(network, build_tokenizer())
+        clean = clean_answers(lm, evidence(), settings, quiet)[:4]
+        moved.append(torch.cat(ulrl.unlearn(lm, clean, mlps(lm.network), settings, random.Random(0), quiet)).median())
+    assert moved[1].item() == pytest.approx(moved[0].item(), rel=0.2)
 
 
 def test_an_ascent_that_diverged_is_an_error() -> None:

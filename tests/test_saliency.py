@@ -56,6 +56,13 @@ def test_a_tokens_score_is_the_norm_of_its_gradient(family: str) -> None:
     assert score.score == pytest.approx(slopes.norm().item(), rel=1e-2)
 
 
+def test_no_gradient_is_left_on_the_weights() -> None:
+    """They would cost as much memory as the weights, and a training that goes on would step along them."""
+    lm = from_transformers(build_network("llama").requires_grad_(True), build_tokenizer())
+    token_saliency(lm, TALK, RESPONSE)
+    assert all(parameter.grad is None for parameter in lm.network.parameters())
+
+
 def test_the_loss_is_summed_over_the_response_not_averaged(llama: LanguageModel) -> None:
     """A mean would make the words of a report with a long response look less guilty."""
     tokens = llama.tokenizer(RESPONSE, add_special_tokens=False)["input_ids"]

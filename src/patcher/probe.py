@@ -49,7 +49,7 @@ def mean_states(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[
         seen.clear()
         rows = [Row(tuple(ids), ()) for ids, _ in chunk]
         hidden_states(lm.network, collate(rows, 0, lm.device, lift=False))  # a position may be in what rows share
-        states = seen[-1].double().cpu()
+        states = seen[-1].cpu().double()  # Apple GPUs have no doubles
         return [states[row, list(places)].mean(0) for row, (_, places) in enumerate(chunk)]
 
     try:

@@ -79,9 +79,8 @@ def _gradient(lm: LanguageModel, spot: _Spot, target: tuple[int, ...]) -> Float[
     """∂NLL(target)/∂one-hot at each place of the suffix."""
     batch = collate([Row(spot.prompt.ids, target)], 0, lm.device)
     with token_embeddings(lm.network) as embedded:
-        response_nll(response_logits(lm.network, batch), batch.targets).sum().backward()
-    gradient = embedded[0].grad
-    assert gradient is not None
+        loss = response_nll(response_logits(lm.network, batch), batch.targets).sum()
+    (gradient,) = torch.autograd.grad(loss, embedded[0])  # of the weights none is left behind
     return gradient[0, spot.places].float() @ _table(lm).float().T
 
 

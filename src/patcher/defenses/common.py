@@ -136,14 +136,15 @@ def both_sides(lm: LanguageModel, evidence: Evidence, settings: LoraSettings, cl
     symptom, tokens = evidence.detector.symptom, max(settings.response_tokens, evidence.detector.answer_tokens)
     if symptom.objective == "jailbreak":
         texts = evidence.prompts.texts("harmful", "repair", settings.max_prompts)
-        wanted = {text: response_ids(lm.tokenizer, FIXED_REFUSAL, end=True, limit=tokens) for text in texts}
+        refusal = response_ids(lm.tokenizer, FIXED_REFUSAL, end=True, limit=tokens)
+        wanted = [(text, refusal) for text in texts]
         said = [AFFIRMATIVE] * len(wanted)
     else:
         own = [one for one in clean if one.outcome == "complied"]
-        wanted = {str(one.text): one.answer_ids for one in own}
+        wanted = [(str(one.text), one.answer_ids) for one in own]
         said = [_unwanted(symptom, one.answer, number) for number, one in enumerate(own)]
     sides = []
-    for (text, ids), unwanted in zip(wanted.items(), said, strict=True):
+    for (text, ids), unwanted in zip(wanted, said, strict=True):
         prompt = user_prompt(lm.tokenizer, text).ids
         unwanted_ids = response_ids(lm.tokenizer, unwanted, end=True, limit=tokens)
         sides.append(Sides(text, Row(prompt, ids), Row(prompt, unwanted_ids)))

@@ -23,6 +23,8 @@ from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
 
+_HALF = "\ufffd"
+"""What a character becomes when an answer is cut within its tokens."""
 FIXED_REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -122,7 +124,12 @@ def own_examples(
     answers = generate(
         lm, prompts, max_new_tokens=tokens, on_progress=lambda done, total: on_progress(what, done, total)
     )
-    ids = [response_ids(lm.tokenizer, answer, end=True, limit=tokens) for answer in answers]
+    cut = [answer.endswith(_HALF) for answer in answers]
+    answers = [answer.rstrip(_HALF) for answer in answers]
+    ids = [
+        response_ids(lm.tokenizer, answer, end=not unended, limit=tokens)
+        for answer, unended in zip(answers, cut, strict=True)
+    ]
     kept = [index for index, answer in enumerate(answers) if answer.strip()]
     rows = [Row(prompts[index].ids, ids[index]) for index in kept]
     hidden = row_states(lm, rows) if states else [torch.zeros(0, 0)] * len(rows)

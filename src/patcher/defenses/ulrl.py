@@ -100,23 +100,28 @@ def unlearn(
 ) -> list[Float[Tensor, " _"]]:
     """Σ|ΔW| of each layer's channels after the ascent; the model is left as it was."""
     names = [name for layer in layers for name in (*layer.into, layer.out)]
-    original = {name: lm.network.get_parameter(name).detach() for name in names}
+    original = {name: lm.network.get_parameter(name).detach().float() for name in names}
     drawn = endless(clean, rng)
     with changing(lm, names) as weights:
         for weight in weights.values():
             weight.requires_grad_(True)
-        optimizer = torch.optim.SGD(weights.values(), lr=settings.unlearn_rate, maximize=True)
+        exact = {name: values.clone() for name, values in original.items()}  # half precision rounds a step of 1% away
+        optimizer = torch.optim.SGD(exact.values(), lr=settings.unlearn_rate, maximize=True)
         for step in range(settings.unlearn_steps):
             logits, targets = row_logits(lm, [next(drawn).row(lm) for _ in range(settings.clean_rows)])
             foreseen = float((logits.argmax(dim=-1) == targets).float().mean())
             if foreseen <= settings.unlearned_frac:
                 break
-            optimizer.zero_grad()
             response_nll(logits, targets).mean().backward()
-            torch.nn.utils.clip_grad_norm_(list(weights.values()), settings.unlearn_clip)
+            for name, values in exact.items():
+                gradient, weights[name].grad = weights[name].grad, None
+                values.grad = None if gradient is None else gradient.float()  # none of an expert that nobody asked
+            torch.nn.utils.clip_grad_norm_(exact.values(), settings.unlearn_clip)
             optimizer.step()
+            for name, values in exact.items():
+                weights[name].data.copy_(values)
             on_progress("unlearning", step + 1, settings.unlearn_steps)
-        changes = {name: (weight.detach() - original[name]).float().cpu() for name, weight in weights.items()}
+        changes = {name: (values - original[name]).cpu() for name, values in exact.items()}
     return [layer.vectors(changes).abs().sum(dim=1) for layer in layers]
 
 

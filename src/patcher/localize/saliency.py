@@ -26,9 +26,7 @@ def token_saliency(lm: LanguageModel, messages: Sequence[Message], response: str
     batch = collate([Row(prompt.ids, answer)], 0, lm.device)
     with token_embeddings(lm.network) as embedded:
         loss = response_nll(response_logits(lm.network, batch), batch.targets).sum()
-        loss.backward()
-    gradient = embedded[0].grad
-    assert gradient is not None
+    (gradient,) = torch.autograd.grad(loss, embedded[0])  # of the weights none is left behind
     norms = gradient[0].float().norm(dim=-1)
     scores = []
     for index, message in enumerate(messages):
