@@ -115,6 +115,25 @@ def test_the_key_does_not_follow_a_redirect(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == []
 
 
+@pytest.mark.parametrize(
+    ("address", "is_sent"),
+    [
+        ("https://host.example/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.1/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://host.example/v1", False),
+        ("http://localhost.example/v1", False),
+        ("http://localhost@host.example/v1", False),
+    ],
+)
+def test_the_key_goes_where_nobody_reads_it_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, address: str, is_sent: bool
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert Endpoint(address, "base").authorization == ({"Authorization": "Bearer secret"} if is_sent else {})
+
+
 def test_answers_come_in_the_prompts_order(url: str) -> None:
     done: list[int] = []
     prompts = [[1, 5, number] for number in range(6, 12)]

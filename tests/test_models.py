@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -23,9 +24,10 @@ from transformers import (
 )
 
 from conftest import ModelFolder, build_network, build_tokenizer
+from patcher import models
 from patcher.checkpoints import check_config
 from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
-from patcher.records import UsageError
+from patcher.records import PatcherError, UsageError
 
 WEIGHTS = "model.safetensors"
 
@@ -232,6 +234,16 @@ def test_a_model_without_a_chat_template_is_told_how_to_give_one(copy: Path) -> 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
 def test_a_missing_path_is_refused_without_asking_the_hub(source: str) -> None:
     assert "no model at" in refused(source)
+
+
+def test_a_hub_that_is_not_reached_is_no_fault_of_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise OSError("we couldn't connect") from LocalEntryNotFoundError("no copy here")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", silent)
+    with pytest.raises(PatcherError, match="the hub could not be reached: check the path") as error:
+        load_checkpoint("somebody/a-model")
+    assert not isinstance(error.value, UsageError)
 
 
 def test_a_gguf_in_name_only_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Models behind an OpenAI-compatible server, as vLLM is. The key is read from the environment: OPENAI_API_KEY."""
+"""Models behind an OpenAI-compatible server, as vLLM is.
+
+The key is read from the environment, OPENAI_API_KEY, and sent where nobody on the way can read it: by https, or to this
+machine.
+"""
 
 import json
 import os
@@ -10,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 from patcher.reading import parse_json
 from patcher.records import PatcherError, UsageError
@@ -51,10 +56,7 @@ class Endpoint:
         """
         url = f"{self.url.rstrip('/')}/{path}"
         data = json.dumps({"model": self.model, "temperature": 0, **body}).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}",
-        }
+        headers = {"Content-Type": "application/json", **self.authorization}
         for attempt in range(_TRIES):
             try:
                 with _OPENER.open(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
@@ -67,6 +69,13 @@ class Endpoint:
                     raise PatcherError(f"no usable answer from {url}: {error}") from error
             time.sleep(self.wait_s * 2**attempt)
         raise AssertionError("unreachable")
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that holds the key; none where others could read it, or there is no key."""
+        at, key = urlsplit(self.url), os.environ.get("OPENAI_API_KEY", "")
+        private = at.scheme == "https" or at.hostname in ("localhost", "127.0.0.1", "::1")
+        return {"Authorization": f"Bearer {key}"} if private and key else {}
 
     def complete(
         self,

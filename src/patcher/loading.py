@@ -28,7 +28,7 @@ def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_templat
 
     Raises:
         UsageError: there is no such model, or it is not one that Patcher can or may open.
-        PatcherError: the embedded model could not be fetched.
+        PatcherError: the embedded model could not be fetched, or the hub not reached.
     """
     return _load(source, (), dtype=dtype, device=device, chat_template=chat_template)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -31,7 +32,7 @@ from patcher.checkpoints import (
 from patcher.endpoint import Endpoint
 from patcher.network import logits_of
 from patcher.quantized import DTYPES, keep_gradients, load_options
-from patcher.records import UsageError
+from patcher.records import PatcherError, UsageError
 from patcher.sharding import own_part, shards, whole
 from patcher.world import processes
 
@@ -94,6 +95,7 @@ def load_checkpoint(
     Raises:
         UsageError: for anything that is not a causal language model in safetensors or GGUF: a pickle, remote code,
             an encoder, a damaged file, a missing chat template.
+        PatcherError: the hub could not be reached.
     """
     path = Path(source)
     where = pick_device(device)
@@ -124,6 +126,11 @@ def load_checkpoint(
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
+        if _is_unreached(error):
+            raise PatcherError(
+                f"{source!r} is no folder here, so it was taken for a hub id, and the hub could not be reached: check "
+                "the path if a folder was meant, or the network"
+            ) from error
         problem = " ".join(str(error).split())
         tried = "" if path.exists() else " (there is no such folder here, so it was taken for a hub id)"
         raise UsageError(f"could not load a model from {source!r}{tried}: {type(error).__name__}: {problem}") from error
@@ -142,6 +149,11 @@ def load_checkpoint(
     network.eval().requires_grad_(False)
     _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
+
+
+def _is_unreached(error: BaseException | None) -> bool:
+    """Whether the hub's silence is behind that error: it then looked for a copy from an earlier time, and had none."""
+    return error is not None and (isinstance(error, LocalEntryNotFoundError) or _is_unreached(error.__cause__))
 
 
 @torch.no_grad()

@@ -107,8 +107,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
         with whole(out) as building:
             building.mkdir(mode=0o700)
             yield building
-            building.chmod(0o755)
-            for path in building.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
+            closed = os.umask(0o077)  # the only way to read it
+            os.umask(closed)
+            for path in (building, *building.rglob("*")):
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~closed)  # safetensors writes for the owner alone
     except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise PatcherError(f"could not write {out}: {error}; nothing was left behind") from error
