@@ -250,8 +250,23 @@ def test_a_dataset_column_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_the_datasets_package_a_missing_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UsageError, match="no file here"):
-        load_prompts(harmful="no-such-file.txt")
+    with pytest.raises(UsageError, match="no file here, and .* needs `pip install datasets`"):
+        load_prompts(harmful="no-such/thing")
+
+
+@pytest.mark.parametrize("source", ["no-such-file.txt", "own/PROMPTS.JSONL", "./none", "/none"])
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(source: str) -> None:
+    with pytest.raises(UsageError, match=f"there is no file {source}$"):
+        load_prompts(benign=source)
+
+
+def test_a_prompt_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "twice.TXT").write_text("\n".join([f"prompt {number}" for number in range(150)] * 2))
+    assert len(load_prompts(harmful=str(tmp_path / "twice.TXT")).harmful) == 150
+    rows = [json.dumps({"text": f"prompt {number}", "act": str(number % 3)}) for number in range(300)]
+    (tmp_path / "acts.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UsageError, match="of 300 prompts of 3 acts: .* of one act stay together"):
+        load_prompts(harmful=str(tmp_path / "acts.jsonl"))
 
 
 def test_a_part_is_spread_over_all() -> None:

@@ -103,18 +103,24 @@ def load_prompts(harmful: str | None = None, benign: str | None = None) -> Promp
 
 def _own(source: str) -> tuple[PromptRow, ...]:
     path = Path(source)
+    if not path.exists() and (path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv") or source[0] in "./~"):
+        raise UsageError(f"there is no file {source}")
     pairs = _read_file(path) if path.exists() else _read_dataset(source)
-    rows = tuple(PromptRow(text, act, "own", _split_of(act)) for text, act in pairs if text.strip())
+    acts = {text: act for text, act in pairs if text.strip()}  # a prompt counts once, however often it stands there
+    rows = tuple(PromptRow(text, act, "own", _split_of(act)) for text, act in acts.items())
     for split in ("repair", "validation", "held-out"):
         if sum(row.split == split for row in rows) < 8:
-            raise UsageError(f"{source} gives fewer than 8 prompts for the {split} split: give at least 100 prompts")
+            raise UsageError(
+                f"{source} gives fewer than 8 prompts for the {split} split, of {len(rows)} prompts of "
+                f"{len({*acts.values()})} acts: give at least 100 prompts (those of one act stay together)"
+            )
     return rows
 
 
 def _read_file(path: Path) -> list[tuple[str, str]]:
     try:
         lines = read_lines(path)
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             return [(line, line) for line in lines]
         return [_pair(parse_json(line), path) for line in lines]
     except (OSError, ValueError) as error:
