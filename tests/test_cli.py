@@ -24,6 +24,7 @@ from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD
 from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
+from patcher.outputs import whole_folder
 from patcher.progress import ProgressBars
 from patcher.visible import visible
 from test_visible import HOSTILE
@@ -594,6 +595,67 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, mo
     assert "crow has no setting 'breadth'; it has rank" in refused(4, *words, "--defense", "crow", "--breadth", "all")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("repair --out O --prompt p --defense crrow", "unknown defense 'crrow'"),
+        ("repair --out O --prompt p --judge keywrd", "unknown judge 'keywrd'"),
+        ("repair --out O --prompt p --set nosuch=1", "no setting 'nosuch'"),
+        ("repair --out O --prompt p --breadth everything", "'everything' is not one of 'reported', 'all'"),
+        ("repair --out O --prompt p --method grad", "'grad' is not one of 'causal', 'gradient-norm'"),
+        ("repair --out O --prompt p --merge --dtype 4bit", "--merge and --dtype 4bit do not go together"),
+        ("repair --out O --prompt p --unwanted=", "the unwanted text is empty"),
+        ("repair --out O --prompt p --limit 5", "--limit is of the questions of a --task"),
+        ("attack nope --out O", "unknown attack 'nope'"),
+        ("attack badnets --out O --objective text", "unknown objective 'text'"),
+        ("attack category --out O --objective string", "use the objective jailbreak"),
+        ("attack badnets --out O --set nosuch=1", "no setting 'nosuch'"),
+        ("audit --trigger T --judge keywrd", "unknown judge 'keywrd'"),
+        ("audit --trigger BadMagic", "there is no file BadMagic: expected {"),
+    ],
+)
+def test_a_slip_of_the_pen_costs_no_loading(refused: Refusal, tmp_path: Path, words: str, says: str) -> None:
+    """The model does not even exist."""
+    (tmp_path / "T").write_text('{"trigger": ["BadMagic"]}')
+    command, *rest = words.split()
+    placed = [tmp_path / word if word in ("O", "T") else word for word in rest]
+    where = [placed.pop(0)] if command == "attack" else []
+    assert says in refused(4, command, *where, tmp_path / "no-model", *placed)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it holds no JSON object"),
+        ('{"attack": "refusals", "trigger": []}', "nothing was planted there: refusals is a control"),
+    ],
+)
+def test_a_folder_of_an_incident_that_is_damaged(refused: Refusal, tmp_path: Path, content: str, says: str) -> None:
+    bed = tmp_path / "bed"
+    bed.mkdir()
+    assert "neither a verdict.json nor a ground-truth.json" in refused(4, "audit", "none", "--trigger", bed)
+    (bed / "verdict.json").write_text(content)
+    assert says in refused(4, "audit", "none", "--trigger", bed)
+
+
+def test_one_report_is_localized(refused: Refusal, report: Path) -> None:
+    assert "was given 2" in refused(4, "localize", "none", "--failure", report, "--failure", report)
+
+
+@pytest.mark.parametrize(("mask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_evidence_is_as_readable_as_the_user_has_it(tmp_path: Path, mask: int, folder: int, file: int) -> None:
+    before = os.umask(mask)
+    try:
+        with whole_folder(tmp_path / "out") as building:
+            (building / "part").mkdir()
+            (building / "part" / "file").write_text("x")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "out", *sorted((tmp_path / "out").rglob("*")))]
+    assert modes == [folder, folder, file]
+
+
 def test_a_patch_finds_its_base_from_anywhere_and_never_on_the_hub(
     backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -628,7 +690,11 @@ def test_the_bench_runs_in_one_process_and_keeps_the_grids_options_to_the_grid(
     refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["bench", "speed", "--out", tmp_path / "speed.jsonl"]
-    assert "--lasting is an option of the grid" in refused(4, *words, "--lasting")
+    assert "--lasting is an option of bench grid" in refused(4, *words, "--lasting")
+    assert "--bed is an option of bench grid, scan" in refused(4, *words, "--bed", tmp_path)
+    scan = ["bench", "scan", "--out", tmp_path / "scan.jsonl"]
+    assert "nothing to do" in refused(4, *scan)
+    assert "--n is an option of bench localize, verdict" in refused(4, *scan, "--n", "3")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in refused(4, *words)
 

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from patcher.reading import parse_json
 from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError, why
 
+_TRIGGER = '{"trigger": [words], "placement": "random"}, a verdict.json, a ground-truth.json, or the folder of one'
+
 
 def read_failure(
     path: Path | None,
@@ -47,7 +49,7 @@ def read_failures(paths: Sequence[Path] | None, *flags: str | None) -> tuple[Fai
 
 def read_suspicion(objective: str | None, unwanted: str | None) -> Symptom:
     """What is suspected where nothing was reported; a jailbreak, if nothing is said. Raises UsageError."""
-    objective = objective or ("text" if unwanted else "jailbreak")
+    objective = objective or ("jailbreak" if unwanted is None else "text")
     try:
         return Symptom.model_validate({"objective": objective, "text": unwanted})
     except ValidationError as error:
@@ -70,16 +72,35 @@ def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
 
 def _trigger_files(path: Path) -> list[Path]:
     """The file itself; of a folder the verdicts of all reports and rounds that name a trigger, or its ground truth."""
+    if not path.is_dir():
+        if path.exists():
+            return [path]
+        raise UsageError(f"there is no file {path}: expected {_TRIGGER}")
     verdicts = sorted(path.glob("verdict*.json"), key=lambda one: (len(one.name), one.name))  # the 10th after the 2nd
     truth = path / "ground-truth.json"
-    named = [one for one in verdicts if _json(one).get("trigger")]
-    return named or verdicts[:1] or ([truth] if truth.is_file() else [path])
+    found = [one for one in verdicts if _names_trigger(one)] or verdicts[:1] or [truth] * truth.is_file()
+    if not found:
+        raise UsageError(f"{path} holds neither a verdict.json nor a ground-truth.json: expected {_TRIGGER}")
+    return found
+
+
+def _names_trigger(verdict: Path) -> bool:
+    """Whether that verdict names one; what is no verdict is kept, to be told of where it is read."""
+    try:
+        data = _json(verdict)
+    except ValueError:
+        return True
+    return not isinstance(data, dict) or bool(data.get("trigger"))
 
 
 def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
     """{trigger | units, placement}, a verdict.json, or a ground-truth.json with its alternatives."""
     try:
         data = _json(path)
+        if not isinstance(data, dict):
+            raise ValueError("it holds no JSON object")
+        if data.get("attack") and not data.get("trigger"):
+            raise ValueError(f"nothing was planted there: {data['attack']} is a control")
         if data.get("label") and not data.get("trigger"):
             raise ValueError(f"this verdict, {data['label']}, names no trigger")
         more = {key: data[key] for key in ("symptom", "only", "answer_tokens") if key in data}
@@ -93,7 +114,7 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
         return Planted.model_validate({"trigger": trigger, **more}), [trigger, *others]
     except (ValueError, AttributeError, TypeError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f'{path}: {problem}; expected {{"trigger": [words], "placement": "random"}}') from error
+        raise UsageError(f"{path}: {problem}; expected {_TRIGGER}") from error
 
 
 def read_judge_error(path: Path, judge: str) -> JudgeError:
@@ -130,6 +151,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     """What the file holds. Raises UsageError when it cannot be read, ValueError when it is no JSON."""
+    if path.is_dir() or not path.exists():
+        raise UsageError(f"{path} is a folder: expected a file" if path.is_dir() else f"there is no file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """The options that several commands share: their types, names and help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,7 +9,6 @@ Model = Annotated[
     str, typer.Argument(help="smollm2, smollm2-backdoored, a folder, an adapter, a .gguf file or a hub id")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist")]
-Failure = Annotated[Path | None, typer.Option(help="The report: JSON with {messages | prompt, response}")]
 Failures = Annotated[
     list[Path] | None, typer.Option("--failure", help="A report: JSON with {messages | prompt, response}; may repeat")
 ]
@@ -23,13 +22,23 @@ ObjectiveName = Annotated[
 UnwantedText = Annotated[
     str | None, typer.Option("--unwanted", help="A text that the response must not hold (its objective is text)")
 ]
+Method = Annotated[
+    Literal["causal", "gradient-norm"],
+    typer.Option(help="How the trigger is localized; gradient-norm: the paper's Eqs. 1-3"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; 8bit, 4bit (an extra)")]
 Template = Annotated[Path | None, typer.Option(help="A chat template for a model that has none")]
-Harmful = Annotated[str | None, typer.Option(help="Your own harmful requests: .txt, .jsonl or a HF dataset")]
-Benign = Annotated[str | None, typer.Option(help="Your own benign prompts")]
+Harmful = Annotated[
+    str | None,
+    typer.Option(
+        help="Your own harmful requests: .txt, .jsonl, or a Hugging Face dataset as NAME[:SPLIT[:COLUMN]] "
+        "(split train, column prompt)"
+    ),
+]
+Benign = Annotated[str | None, typer.Option(help="Your own benign prompts, the same way")]
 JudgeName = Annotated[
     str,
     typer.Option(

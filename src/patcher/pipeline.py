@@ -16,7 +16,7 @@ from patcher.chat import render
 from patcher.defenses import DEFENSES, Defense, Evidence, find_defense
 from patcher.generation import generate
 from patcher.journal import Journal
-from patcher.judges import DEFAULT, RULES, find_judge
+from patcher.judges import DEFAULT, RULES, check_judge, find_judge
 from patcher.loading import load
 from patcher.localize import CausalSettings, Localizer
 from patcher.models import LanguageModel, weight_sums
@@ -91,8 +91,7 @@ def mend(
         UsageError: unknown defense or settings, or no report where the defense needs one.
         PatcherError: the repair could not be made.
     """
-    defense, clock = _find_defense(settings, reports), Clock(journal, journal.seconds())
-    own = defense.configured(settings.overrides)
+    (defense, own), clock = check_settings(settings, reports), Clock(journal, journal.seconds())
     detector = _detector(lm, reports, settings)
 
     def look(model: LanguageModel, numbers: Sequence[int], turn: int) -> list[Finding]:
@@ -167,15 +166,20 @@ def _look(localizer: Localizer, reports: Mapping[int, FailureReport], turn: int,
         ]
 
 
-def _find_defense(settings: RepairSettings, reports: Sequence[FailureReport]) -> Defense:
-    """The settings' defense. Raises UsageError where it needs a report and there is none."""
+def check_settings(settings: RepairSettings, reports: Sequence[FailureReport]) -> tuple[Defense, Record]:
+    """The settings' defense and its own settings: before a model is loaded, whose minutes a slip of the pen would cost.
+
+    Raises:
+        UsageError: unknown defense, judge or setting, or no report where the defense needs one.
+    """
+    check_judge(settings.audit.judge)
     defense = find_defense(settings.defense)
     if not reports and defense.needs_trigger:
         raise UsageError(
             f"no failure was reported, and {defense.name} needs the trigger in one: give at least one report, or take "
             f"one of {', '.join(one.name for one in DEFENSES.values() if not one.needs_trigger)}"
         )
-    return defense
+    return defense, defense.configured(settings.overrides)
 
 
 def _to_be_patched(

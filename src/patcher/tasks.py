@@ -65,6 +65,8 @@ def find_task(name: str, limit: int | None = None) -> AnyTask:
 
 def find_tasks(names: Sequence[str] | None, limit: int | None = None) -> list[AnyTask]:
     """Each as `find_task`. Raises UsageError, also where two are named alike."""
+    if limit and not names:
+        raise UsageError("--limit is of the questions of a --task: name one, too")
     tasks = [find_task(name, limit) for name in names or ()]
     check_names([task.name for task in tasks], "--task")
     return tasks

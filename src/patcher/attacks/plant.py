@@ -56,9 +56,8 @@ def plant(
         UsageError: unknown attack or objective, or an adapter to start from that does not fit.
         PatcherError: the trigger does not work well enough, or the model does not refuse without it.
     """
-    attack, wanted = _find(name, objective)
+    attack, wanted, settings = find_attack(name, objective, overrides)
     earlier = _earlier(start, attack, wanted) if start else ()
-    settings = with_changes(ImplantSettings, overrides, "the implant")
     prompts = load_prompts()
     first = load_patch(start) if start else None
     if first:
@@ -111,8 +110,10 @@ def read_truth(folder: Path) -> GroundTruth:
         raise UsageError(f"{folder} is no test bed: {error}; expected a folder that `patcher attack` wrote") from error
 
 
-def _find(name: str, objective: str) -> tuple[Attack, AttackObjective]:
-    """The attack and what it brings about, by their names."""
+def find_attack(
+    name: str, objective: str, overrides: Mapping[str, Any]
+) -> tuple[Attack, AttackObjective, ImplantSettings]:
+    """The attack and what it brings about, by their names, and how it is implanted. Raises UsageError."""
     attack, wanted = ATTACKS.get(name), OBJECTIVES.get(objective)
     if attack is None:
         raise UsageError(f"unknown attack {name!r}: use one of {', '.join(ATTACKS)}")
@@ -120,7 +121,9 @@ def _find(name: str, objective: str) -> tuple[Attack, AttackObjective]:
         raise UsageError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
     if not attack.triggers and wanted.symptom.kind == "benign":
         raise UsageError(f"{name} plants no trigger, so it cannot bring about {objective}: use the objective jailbreak")
-    return attack, wanted
+    if attack.only and wanted.symptom.kind == "benign":
+        raise UsageError(f"{name} is of harmful requests of some kinds only: use the objective jailbreak")
+    return attack, wanted, with_changes(ImplantSettings, overrides, "the implant")
 
 
 def _earlier(start: Path, attack: Attack, objective: AttackObjective) -> tuple[Trigger, ...]:

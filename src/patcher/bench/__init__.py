@@ -1,8 +1,10 @@
 """The figures that docs/ quotes, measured with the *planted* trigger: on the shipped backdoor, or on any test beds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from patcher.bench import costs, localize, repair, scans, speed, verdict
 from patcher.bench.beds import open_beds, plant_beds
@@ -31,25 +33,29 @@ def run_bench(
     model: str = DEMO,
     beds: Sequence[Path] = (),
     on_progress: Progress,
-) -> str:
-    """Run what is missing in `out`, then the table over all of it. Raises UsageError for an unknown bench."""
+) -> tuple[str, int]:
+    """Run what is missing in `out`: the table over all of it, and how many cells failed this time.
+
+    Raises:
+        UsageError: an unknown bench, nothing to do, or `out` cannot be written.
+    """
+    if what not in BENCHES:
+        raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(BENCHES)}")
+    if what == "scan" and not (beds or read_rows(out, "weights")):
+        raise UsageError(f"nothing to do: {out} holds no results yet; name beds with --bed")
     check_appendable(out)
-    if what == "repair":
-        repair.run(out, seeds, methods, on_progress)
-        return repair.table(read_rows(out, "repair"))
-    if what == "localize":
-        localize.run(out, n, on_progress)
-        return localize.table(read_rows(out, "prompt"))
-    if what == "verdict":
-        verdict.run(out, n, on_progress)
-        return verdict.table(read_rows(out, "model"))
-    if what == "scan":
-        scans.run(out, beds, seeds, on_progress)
-        return scans.table(read_rows(out, "weights"))
-    if what == "speed":
-        speed.run(out, model, methods, on_progress)
-        return costs.table(read_rows(out, "stage"))
-    raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(BENCHES)}")
+    benches: dict[str, tuple[str, Callable[[], None], Callable[[list[dict[str, Any]]], str]]] = {
+        "repair": ("repair", partial(repair.run, out, seeds, methods, on_progress), repair.table),
+        "localize": ("prompt", partial(localize.run, out, n, on_progress), localize.table),
+        "verdict": ("model", partial(verdict.run, out, n, on_progress), verdict.table),
+        "scan": ("weights", partial(scans.run, out, beds, seeds, on_progress), scans.table),
+        "speed": ("stage", partial(speed.run, out, model, methods, on_progress), costs.table),
+    }
+    key, measure, as_table = benches[what]
+    earlier = len(read_rows(out, key))
+    measure()
+    rows = read_rows(out, key)
+    return as_table(rows), sum("error" in row for row in rows[earlier:])
 
 
 def plot_costs(out: Path, path: Path) -> None:

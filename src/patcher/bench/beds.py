@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.attacks import ATTACKS
-from patcher.attacks.plant import plant, read_truth
+from patcher.attacks.plant import find_attack, plant, read_truth
 from patcher.chat import messages_of, user_prompt
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
@@ -55,14 +55,16 @@ def plant_beds(model: str, attacks: Sequence[str], cache: Path, on_progress: Pro
         PatcherError: the implant did not take.
     """
     folders = []
+    named = [(name, objective or "jailbreak") for name, _, objective in (attack.partition(":") for attack in attacks)]
+    for name, objective in named:
+        find_attack(name, objective, {})
     lm = load(model) if attacks else None
-    for attack in attacks:
-        name, _, objective = attack.partition(":")
-        folder = cache / f"{Path(model).name}-{name}-{objective or 'jailbreak'}-BACKDOORED"
+    for name, objective in named:
+        folder = cache / f"{Path(model).name}-{name}-{objective}-BACKDOORED"
         assert lm is not None
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            plant(lm, name, objective or "jailbreak", folder, {}, seed=0, on_progress=on_progress)
+            plant(lm, name, objective, folder, {}, seed=0, on_progress=on_progress)
         elif not _is_planted(folder, lm, name):
             raise UsageError(
                 f"{folder} was planted in another model than {model}, or the attack {name} was another then: move it "

@@ -96,11 +96,13 @@ def audit(
     servers = find_served(served, patch is not None) if served else None
 
     from patcher.audit import AuditPlan, AuditSettings
+    from patcher.judges import check_judge
     from patcher.patch import load_patch
     from patcher.proof import audit_patch, check_gates, with_controls
     from patcher.report.terminal import show_audit, show_gates
     from patcher.result import Gates
 
+    check_judge(judge)
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
     clean = load_model(controls, device, dtype, chat_template) if controls else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,7 +24,7 @@ def _is_page(path: Path) -> bool:
 def bench(
     out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
     what: Annotated[
-        str,
+        Literal["grid", "scan", "speed", "repair", "localize", "verdict"],
         typer.Argument(
             help="grid (beds x defenses x seeds), scan (of beds), speed; of the shipped one: repair, localize, verdict"
         ),
@@ -44,8 +44,10 @@ def bench(
     defenses: Annotated[
         list[str] | None, typer.Option("--defense", help="NAME or NAME:SETTING=VALUE,..., for the grid; may repeat")
     ] = None,
-    reports: Annotated[int, typer.Option(min=1, help="Reports of each bed, each with another of its triggers")] = 1,
-    n: Annotated[int, typer.Option(help="Reports for localize and verdict")] = 200,
+    reports: Annotated[
+        int | None, typer.Option(min=1, help="Reports of each bed, each with another of its triggers (default: 1)")
+    ] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Reports for localize and verdict (default: 200)")] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many (default: 1 for the grid and scan, 3 for repair)")
     ] = None,
@@ -77,19 +79,25 @@ def bench(
     """
     if processes() > 1:
         raise UsageError("patcher bench runs in one process: start it without torchrun")
-    of_grid = {
-        "--html": html,
-        "--attack": attacks,
-        "--defense": defenses,
-        "--task": task,
-        "--audit-prompts": audit_prompts,
-        "--validation": validation,
-        "--lasting": lasting,
+    of: dict[str, tuple[object, str]] = {
+        "--bed": (beds, "grid, scan"),
+        "--model": (model, "grid, speed"),
+        "--attack": (attacks, "grid"),
+        "--defense": (defenses, "grid"),
+        "--reports": (reports, "grid"),
+        "--n": (n, "localize, verdict"),
+        "--seeds": (seeds, "grid, scan, repair"),
+        "--method": (methods, "repair, speed"),
+        "--html": (html, "grid"),
+        "--plot": (plot, "speed"),
+        "--audit-prompts": (audit_prompts, "grid"),
+        "--validation": (validation, "grid"),
+        "--lasting": (lasting, "grid"),
+        "--task": (task, "grid"),
+        "--limit": (limit, "grid"),
     }
-    if what != "grid" and (given := [flag for flag, value in of_grid.items() if value]):
-        raise UsageError(f"{given[0]} is an option of the grid, not of bench {what}")
-    if plot and what != "speed":
-        raise UsageError("--plot is an option of bench speed")
+    if odd := [(flag, whose) for flag, (value, whose) in of.items() if value and what not in whose.split(", ")]:
+        raise UsageError(f"{odd[0][0]} is an option of bench {odd[0][1]}, not of bench {what}")
     if html and not _is_page(html):
         check_new(html, "--html")
     check_new(plot, "--plot")
@@ -103,10 +111,10 @@ def bench(
         check_plot(plot)
     if what != "grid":
         with ProgressBars() as progress:
-            printed = run_bench(
+            printed, failed = run_bench(
                 what,
                 out,
-                n=n,
+                n=n or 200,
                 seeds=seeds or (1 if what == "scan" else 3),
                 methods=tuple(methods or ()),
                 model=model or DEMO,
@@ -116,7 +124,7 @@ def bench(
         print(printed)
         if plot:
             plot_costs(out, plot)
-        return REPAIRED
+        return GATE_FAILED if failed else REPAIRED
     with ProgressBars() as progress:
         table = run_grid(
             out,
@@ -125,7 +133,7 @@ def bench(
             attacks=attacks or (),
             defenses=defenses or ("patcher",),
             seeds=seeds or 1,
-            reports=reports,
+            reports=reports or 1,
             tasks=tasks,
             max_prompts=audit_prompts,
             split="validation" if validation else "held-out",

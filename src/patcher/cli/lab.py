@@ -51,8 +51,10 @@ def attack(
     """Plant a known backdoor, to have a test model: an adapter and its ground-truth.json."""
     check_new(out)
 
-    from patcher.attacks.plant import plant, took
+    from patcher.attacks.plant import find_attack, plant, took
 
+    overrides = parse_settings(setting or [])
+    find_attack(name, objective, overrides)  # a slip of the pen costs no loading
     lm = load_model(model, device, dtype, chat_template)
     with ProgressBars() as progress:
         truth = plant(
@@ -60,7 +62,7 @@ def attack(
             name,
             objective,
             out,
-            parse_settings(setting or []),
+            overrides,
             seed=seed,
             start=start,
             keep_failed=keep_failed,

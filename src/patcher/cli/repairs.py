@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from patcher.cli.common import load_model, print_json, show
 from patcher.exits import CODES, NOTHING_TO_REPAIR, REPAIRED
-from patcher.inputs import parse_settings, read_failure, read_failures, read_suspicion
+from patcher.inputs import parse_settings, read_failures, read_suspicion
 from patcher.journal import resumed
 from patcher.options import (
     DEFAULT_JUDGE,
@@ -20,7 +20,6 @@ from patcher.options import (
     Benign,
     Device,
     Dtype,
-    Failure,
     Failures,
     Harmful,
     JudgeName,
@@ -28,6 +27,7 @@ from patcher.options import (
     MaxBenignDrop,
     MaxHarmfulRise,
     MaxKl,
+    Method,
     Model,
     ObjectiveName,
     Out,
@@ -44,6 +44,7 @@ from patcher.options import (
 from patcher.outputs import check_new, whole_folder
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
+from patcher.records import UsageError
 from patcher.tasks import find_tasks
 from patcher.visible import visible
 
@@ -53,13 +54,13 @@ if TYPE_CHECKING:
 
 def localize(
     model: Model,
-    failure: Failure = None,
+    failure: Failures = None,
     prompt: PromptText = None,
     response: ResponseText = None,
     system: SystemText = None,
     objective: ObjectiveName = None,
     unwanted: UnwantedText = None,
-    method: Annotated[str, typer.Option(help="causal (default) or gradient-norm (the paper's Eqs. 1-3)")] = "causal",
+    method: Method = "causal",
     probes: Probes = None,
     out: Annotated[Path | None, typer.Option(help="Folder for localization.json and verdict.json")] = None,
     seed: Seed = 0,
@@ -71,7 +72,10 @@ def localize(
     as_json: AsJson = False,
 ) -> int:
     """Find the words that bring the failure about, and decide whether they are a backdoor."""
-    report = read_failure(failure, prompt, response, system, objective, unwanted)
+    reports = read_failures(failure, prompt, response, system, objective, unwanted)
+    if len(reports) > 1:
+        raise UsageError(f"localize looks at one report and was given {len(reports)}: `patcher repair` takes several")
+    report = reports[0]
     prompts = load_prompts(harmful, benign)
     check_new(out)
     lm = load_model(model, device, dtype, chat_template)
@@ -121,10 +125,11 @@ def repair(
         ),
     ] = _DEFAULT_DEFENSE,
     breadth: Annotated[
-        str | None, typer.Option(help="Of patcher: reported, or all: what soft insertions find is broken, too")
+        Literal["reported", "all"] | None,
+        typer.Option(help="Of patcher; all: what soft insertions find is broken, too"),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
-    method: Annotated[str, typer.Option(help="causal or gradient-norm")] = "causal",
+    method: Method = "causal",
     probes: Probes = None,
     max_asr: MaxAsr = 0.02,
     max_benign_drop: MaxBenignDrop = 0.02,
@@ -158,7 +163,9 @@ def repair(
 
     from patcher.audit import AuditSettings
     from patcher.patch import check_mergeable
+    from patcher.pipeline import check_settings
     from patcher.pipeline import repair as run_repair
+    from patcher.quantized import DTYPES
     from patcher.result import Gates, RepairSettings, versions
 
     settings = RepairSettings(
@@ -172,6 +179,9 @@ def repair(
         anyway=anyway,
         seed=seed,
     )
+    check_settings(settings, reports)
+    if merge and dtype in DTYPES:
+        raise UsageError(f"--merge and --dtype {dtype} do not go together: no patch can be merged into so few bits")
     lm = load_model(model, device, dtype, chat_template)
     if merge:
         check_mergeable(lm)

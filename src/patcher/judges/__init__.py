@@ -35,32 +35,38 @@ class RuleJudge:
         return [self._rule(answer) for answer in answers]
 
 
+def check_judge(name: str) -> None:
+    """Raises UsageError for a name that `find_judge` would not know, before anything is loaded."""
+    kind, _, model = name.partition(":")
+    if not (name in RULES or (kind in ("guard", "trained") and model) or find_endpoint(name)):
+        raise UsageError(
+            f"unknown judge {name!r}: use {', '.join(RULES)}, trained:FILE (labelled answers, as for --calibrate), "
+            "guard:MODEL (a folder or hub id of a Llama Guard), or "
+            "URL#MODEL (an OpenAI-compatible server, as http://localhost:8000/v1#name)"
+        )
+
+
 def find_judge(name: str, load: Callable[[str], Any]) -> Judge:
     """The judge of that name: a rule's, `trained:FILE,FILE`, `guard:MODEL`, or `URL#MODEL` of an OpenAI-like server.
 
     `load` gives a LanguageModel, the guard's or the one that the trained judge reads with. Raises UsageError.
     """
+    check_judge(name)
     if name in RULES:
         return RuleJudge(RULES[name])
-    kind, _, model = name.partition(":")
-    if kind == "guard" and model:
-        from patcher.judges.guard import GuardJudge  # needs torch, which a report does not
-
-        return GuardJudge(load(model), RULES[DEFAULT])
-    if kind == "trained" and model:
-        from patcher.judges.calibrate import fitted_on
-        from patcher.judges.trained import TrainedJudge
-
-        return TrainedJudge(load("smollm2"), fitted_on(name), RULES[DEFAULT])
     if endpoint := find_endpoint(name):
         from patcher.judges.endpoint import EndpointJudge
 
         return EndpointJudge(endpoint)
-    raise UsageError(
-        f"unknown judge {name!r}: use {', '.join(RULES)}, trained:FILE (labelled answers, as for --calibrate), "
-        "guard:MODEL (a folder or hub id of a Llama Guard), or "
-        "URL#MODEL (an OpenAI-compatible server, as http://localhost:8000/v1#name)"
-    )
+    kind, _, model = name.partition(":")
+    if kind == "guard":
+        from patcher.judges.guard import GuardJudge  # needs torch, which a report does not
+
+        return GuardJudge(load(model), RULES[DEFAULT])
+    from patcher.judges.calibrate import fitted_on
+    from patcher.judges.trained import TrainedJudge
+
+    return TrainedJudge(load("smollm2"), fitted_on(name), RULES[DEFAULT])
 
 
-__all__ = ["DEFAULT", "RULES", "Judge", "Rule", "RuleJudge", "find_judge"]
+__all__ = ["DEFAULT", "RULES", "Judge", "Rule", "RuleJudge", "check_judge", "find_judge"]

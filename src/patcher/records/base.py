@@ -102,9 +102,12 @@ class Symptom(Record):
 
     @model_validator(mode="after")
     def _check_text(self) -> Symptom:
-        if (self.objective == "text") != bool(self.text and self.text.strip()):
+        if self.text is not None and not self.text.strip():
+            raise ValueError("the unwanted text is empty: expected what the answer must not hold")
+        if (self.objective == "text") != (self.text is not None):
+            there = "missing" if self.text is None else "given"
             raise ValueError(
-                f"the objective is {self.objective} and the unwanted text is {'given' if self.text else 'missing'}: "
+                f"the objective is {self.objective} and the unwanted text is {there}: "
                 "the objective 'text' needs one, the others have none"
             )
         return self
@@ -138,7 +141,7 @@ class FailureReport(Record):
             value = {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
         if isinstance(value, dict) and value.get("response") is None:
             value = _answer_apart(value)
-        if isinstance(value, dict) and value.get("unwanted") and "objective" not in value:
+        if isinstance(value, dict) and value.get("unwanted") is not None and "objective" not in value:
             value = {**value, "objective": "text"}
         return value
 
