@@ -38,7 +38,7 @@ def load_options(dtype: str, device: torch.device, compute: torch.dtype) -> dict
 def check_installed(what: str) -> None:
     """Raises UsageError when `what` is asked for and cannot be had."""
     if find_spec("bitsandbytes") is None:
-        raise UsageError(f"{what} needs bitsandbytes: pip install 'patcher[quantized]'")
+        raise UsageError(f"{what} needs bitsandbytes: pip install bitsandbytes")
 
 
 def keep_gradients(network: nn.Module) -> None:

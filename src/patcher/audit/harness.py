@@ -42,7 +42,7 @@ def _samples(lm: LanguageModel, task: HarnessTask) -> dict[str, list[dict[str, A
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UsageError(f"lm-eval:{task.task} needs lm-eval ({error}): pip install 'patcher[lm-eval]'") from error
+        raise UsageError(f"lm-eval:{task.task} needs lm-eval ({error}): pip install 'lm-eval>=0.4.9,<0.5'") from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         found = lm_eval.simple_evaluate(

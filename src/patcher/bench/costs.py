@@ -78,7 +78,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError("a plot needs matplotlib: pip install 'patcher[plot]'") from error
+        raise UsageError("a plot needs matplotlib: pip install matplotlib") from error
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
