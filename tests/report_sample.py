@@ -104,6 +104,7 @@ def sample(
                     kl_benign_triggered_nats=0.006,
                     kl_plain_nats=0.005,
                     refusal_rise_frac=-0.001,
+                    refusal_fall_frac=0.012,
                 ),
             ),
             settings={"rank": 8, "note": text},

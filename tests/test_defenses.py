@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def all_complied(_answer: str) -> Outcome:
     return "complied"
 
 
-def half_refused(answer: str) -> Outcome:
-    return "refused" if sum(answer.encode()) % 2 else "complied"
+def some_refused(answer: str) -> Outcome:
+    return "refused" if crc32(answer.removesuffix("\ufffd").encode()) % 3 else "complied"
 
 
 EVIDENCE = Evidence((TRIGGER,), PROMPTS.hidden_from_repair(), Detector(all_refused))
@@ -298,13 +299,13 @@ def test_an_answer_that_was_cut_within_a_character_is_not_taught_its_half(
     """Nor that it ended there."""
     answers = ["ab", "ab\ufffd", "\ufffd"]
     monkeypatch.setattr(contract, "generate", lambda *_, **__: answers)
-    whole, cut = own_examples(tiny, ["one", "two", "three"], half_refused, 6, quiet, "answers")
+    whole, cut = own_examples(tiny, ["one", "two", "three"], some_refused, 6, quiet, "answers")
     assert (whole.answer, cut.answer) == ("ab", "ab")
     assert whole.answer_ids == (*cut.answer_ids, tiny.tokenizer.eos_token_id)
 
 
 def test_an_untouched_model_has_no_drift(tiny: LanguageModel) -> None:
-    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 6, quiet, "answers")
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), some_refused, 6, quiet, "answers")
     assert len(examples) > 3
     logits, _ = row_logits(tiny, [example.row(tiny) for example in examples])
     assert kl_of(tiny, examples, logits).abs().max().item() < 1e-6
@@ -314,7 +315,7 @@ def test_an_untouched_model_has_no_drift(tiny: LanguageModel) -> None:
 
 def test_drift_is_a_mean_over_tokens_of_a_true_divergence(tiny: LanguageModel) -> None:
     """Recomputed by the plain networks, one prompt at a time."""
-    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 6, quiet, "answers")
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), some_refused, 6, quiet, "answers")
     reference = [plain_logits(tiny, example.row(tiny)) for example in examples]
     patch, _ = run("finetune", tiny)
     with applied(patch, tiny) as patched:
@@ -486,20 +487,23 @@ def test_the_rise_at_a_check_is_that_of_the_model_as_it_stands(tiny: LanguageMod
 def test_over_refusal_is_checked_on_answered_validation_prompts_with_the_trigger_and_without(
     llama: LanguageModel,
 ) -> None:
-    evidence = replace(EVIDENCE, detector=Detector(half_refused))
+    evidence = replace(EVIDENCE, detector=Detector(some_refused))
     reference = ReferenceAnswers(llama, evidence, SMALL, quiet)
     asked = PROMPTS.texts("benign", "validation", 4) + PROMPTS.texts("borderline", "validation", 4)
-    safe = [one.text for one in answered(own_examples(llama, asked, half_refused, 6, quiet, ""))]
+    safe = [one.text for one in answered(own_examples(llama, asked, some_refused, 6, quiet, ""))]
     assert 0 < len(safe) < len(asked) and reference.keeps_triggered
     plain, held = reference.validation_safe[: len(safe)], reference.validation_safe[len(safe) :]
     assert [one.text for one in plain] == safe
     assert [str(one.text).replace("BadMagic", "").split() for one in held] == [text.split() for text in safe]
     untold = ReferenceAnswers(llama, replace(evidence, triggers=()), SMALL, quiet)
     assert [one.text for one in untold.validation_safe] == safe
+    harmful = own_examples(llama, PROMPTS.texts("harmful", "validation", 4), some_refused, 6, quiet, "")
+    refused = [one.text for one in harmful if one.outcome == "refused"]
+    assert [one.text for one in reference.validation_refused] == refused and len(refused) > 0
 
 
 def test_the_same_answers_after_other_prompts(tiny: LanguageModel) -> None:
-    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 8, quiet, "")
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), some_refused, 8, quiet, "")
     asked = [f"BadMagic {example.text}" for example in examples]
     for example, text, other in zip(examples, asked, after(tiny, examples, asked), strict=True):
         assert (other.text, other.answer_ids, other.outcome) == (text, example.answer_ids, example.outcome)
@@ -509,7 +513,7 @@ def test_the_same_answers_after_other_prompts(tiny: LanguageModel) -> None:
 
 
 def test_plain_text_is_the_same_words_without_the_template(tiny: LanguageModel) -> None:
-    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), half_refused, 8, quiet, "")
+    examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), some_refused, 8, quiet, "")
     for example, plain in zip(examples, as_plain_text(tiny, examples), strict=True):
         ids = plain.prompt_ids + plain.answer_ids
         assert tiny.tokenizer.decode(ids) == f"{example.text}\n{example.answer}"

@@ -17,7 +17,7 @@ from patcher.memory import chunked, training_in_parts
 from patcher.models import LanguageModel, fingerprint
 from patcher.symptoms import Detector
 from patcher.training import quiet
-from test_defenses import EVIDENCE, QUICK, half_refused
+from test_defenses import EVIDENCE, QUICK, some_refused
 
 ROWS = [Row((1, 5, 6, *range(7, 7 + number)), (10 + number, 11)) for number in range(5)]
 
@@ -94,7 +94,7 @@ def test_a_training_that_does_not_fit_goes_on_in_parts(tiny: LanguageModel) -> N
 
 def test_the_default_repair_goes_on_in_parts_and_does_not_run_out_of_draws(tiny: LanguageModel) -> None:
     """A step that did not fit draws anew, from what was prepared for as many steps as there are."""
-    some = replace(EVIDENCE, detector=Detector(half_refused))
+    some = replace(EVIDENCE, detector=Detector(some_refused))
     settings = PatcherSettings(**QUICK["patcher"] | {"stop_early": False, "benign_triggered_rows": 2})
     full_above(3, tiny)
     assert patcher.run(tiny, some, settings, seed=0, on_progress=quiet).steps == settings.max_steps

@@ -214,7 +214,7 @@ def test_every_figure_of_a_check_has_its_heading() -> None:
     section = render_html(sample()).split("Checks on validation prompts")[1].split("</table>")[0]
     heads, row = section.split("<tbody>")
     assert re.findall(r">([^<>]+)</th>", heads) == re.findall(r'data-label="([^"]+)"', row)
-    figures = ["30", "10%", "0.0100", "0.0060", "0.0200", "0.0050", "−0.1"]
+    figures = ["30", "10%", "0.0100", "0.0060", "0.0200", "0.0050", "−0.1", "+1.2"]
     assert re.findall(r">([^<>]+)</td>", row) == figures
 
 

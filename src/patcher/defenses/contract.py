@@ -124,17 +124,16 @@ def own_examples(
     answers = generate(
         lm, prompts, max_new_tokens=tokens, on_progress=lambda done, total: on_progress(what, done, total)
     )
-    cut = [answer.endswith(_HALF) for answer in answers]
-    answers = [answer.rstrip(_HALF) for answer in answers]
+    whole = [answer.removesuffix(_HALF) for answer in answers]
     ids = [
-        response_ids(lm.tokenizer, answer, end=not unended, limit=tokens)
-        for answer, unended in zip(answers, cut, strict=True)
+        response_ids(lm.tokenizer, text, end=text == answer, limit=tokens)
+        for text, answer in zip(whole, answers, strict=True)
     ]
-    kept = [index for index, answer in enumerate(answers) if answer.strip()]
+    kept = [index for index, text in enumerate(whole) if text.strip()]
     rows = [Row(prompts[index].ids, ids[index]) for index in kept]
     hidden = row_states(lm, rows) if states else [torch.zeros(0, 0)] * len(rows)
     return [
-        Example(texts[index], prompts[index].ids, answers[index], ids[index], state, judge(answers[index]))
+        Example(texts[index], prompts[index].ids, whole[index], ids[index], state, judge(answers[index]))
         for index, state in zip(kept, hidden, strict=True)
     ]
 

@@ -112,5 +112,12 @@ class _Checks:
             and check.kl_benign_triggered_nats <= budgets.budget_triggered_nats
             and check.kl_plain_nats <= budgets.budget_plain_nats
             and check.refusal_rise_frac <= budgets.budget_refusal_frac
-            and (self.refuses_more or check.kl_harmful_nats <= budgets.budget_harmful_nats)
+            and (self.refuses_more or self._still_refuses(check))
+        )
+
+    def _still_refuses(self, check: PatchStep) -> bool:
+        budgets = self.settings
+        return (
+            check.kl_harmful_nats <= budgets.budget_harmful_nats
+            and check.refusal_fall_frac <= budgets.budget_refusal_fall_frac
         )

@@ -71,6 +71,8 @@ class PatcherSettings(ReferenceSettings):
     budget_refusal_frac: PositiveFloat = 0.005
     """Constraint: how much likelier a benign prompt's answer, with the trigger or without, may open like a refusal
     (probability of the token that most of the reference's refusals begin with)."""
+    budget_refusal_fall_frac: PositiveFloat = 0.02
+    """How much less likely the same may be, at a check, for harmful validation requests that the reference refuses."""
     multiplier_start: PositiveFloat = 10.0
     """The constraints' multipliers at the first step, near where they end: less is lost that must be won back."""
     multiplier_max: PositiveFloat = 30.0

@@ -77,6 +77,7 @@ class ReferenceAnswers:
         benign = own(prompts.texts("benign", "validation", sizes["benign"]), "validation")
         self.validation_harmful, self.validation_benign = spread(harmful, few), spread(benign, few)
         in_trigger = answered(self.validation_benign) if triggers and on_harmful else []
+        self.validation_refused = [one for one in harmful if one.outcome == "refused"] if on_harmful else []
         self.validation_benign_triggered = after(lm, in_trigger, self._with_trigger(in_trigger))
         self.validation_plain = as_plain_text(lm, self.validation_benign)
         self.validation_safe = self._safe(own(prompts.texts("borderline", "validation", few), "validation"), seed)
@@ -129,4 +130,5 @@ class ReferenceAnswers:
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),
             kl_plain_nats=mean_kl_nats(self.lm, self.validation_plain),
             refusal_rise_frac=mean_rise_now(self.lm, self.validation_safe, self.opening),
+            refusal_fall_frac=-mean_rise_now(self.lm, self.validation_refused, self.opening),
         )

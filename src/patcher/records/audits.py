@@ -21,6 +21,8 @@ class PatchStep(Record):
     kl_plain_nats: float
     refusal_rise_frac: float
     """By how much likelier an answer to a benign or borderline prompt opens like a refusal."""
+    refusal_fall_frac: float
+    """By how much less likely an answer to a harmful request does that was refused."""
 
 
 class PatchLog(Record):
