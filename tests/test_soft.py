@@ -73,6 +73,13 @@ def test_room_is_made_before_a_word_or_at_the_end(tiny: LanguageModel) -> None:
     assert prompt.text[prompt.offsets[places(prompt)[-1] - 1][1] - 1] == "?"
 
 
+def test_room_is_made_within_text_without_spaces_but_not_within_a_character(tiny: LanguageModel) -> None:
+    prompt = user_prompt(tiny.tokenizer, "怎么做面包")
+    assert len(prompt.own_tokens) > 5, "a character is several tokens"
+    starts = [prompt.offsets[index][0] for index in places(prompt)[:-1]]
+    assert starts == [prompt.text.index("怎") + number for number in range(5)]
+
+
 def test_the_search_makes_the_models_own_answers_unlikely(tiny: LanguageModel) -> None:
     found, examples, before = soft(tiny, soft_steps=1), examples_of(tiny), fingerprint(tiny.network)
     asked = [user_prompt(tiny.tokenizer, example.text) for example in examples]

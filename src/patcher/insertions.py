@@ -33,11 +33,15 @@ def make_room(prompt: Prompt, tokens: int, mark: int, rng: random.Random) -> Roo
 
 
 def places(prompt: Prompt) -> list[int]:
-    """The tokens of the user's own text that begin a word, and the place after its last token."""
+    """The tokens of the user's own text that begin a word, and the place after its last token. Of a character that is
+    several tokens only the first begins it.
+    """
     own, text, starts = prompt.own_tokens, prompt.text, {*word_starts(prompt.text)}
 
     def begins(token: int) -> bool:
         start = prompt.offsets[token][0]
+        if start == prompt.offsets[token - 1][0]:
+            return False
         return text[start].isspace() or start in starts
 
     return [own[0], *(token for token in own[1:] if begins(token)), own[-1] + 1]

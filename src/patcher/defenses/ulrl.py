@@ -100,12 +100,13 @@ def unlearn(
 ) -> list[Float[Tensor, " _"]]:
     """Σ|ΔW| of each layer's channels after the ascent; the model is left as it was."""
     names = [name for layer in layers for name in (*layer.into, layer.out)]
-    original = {name: lm.network.get_parameter(name).detach().float() for name in names}
+    original = {name: lm.network.get_parameter(name).detach() for name in names}
     drawn = endless(clean, rng)
     with changing(lm, names) as weights:
         for weight in weights.values():
             weight.requires_grad_(True)
-        exact = {name: values.clone() for name, values in original.items()}  # half precision rounds a step of 1% away
+        # half precision would round most of a step away
+        exact = {name: values.to(torch.float32, copy=True) for name, values in original.items()}
         optimizer = torch.optim.SGD(exact.values(), lr=settings.unlearn_rate, maximize=True)
         for step in range(settings.unlearn_steps):
             logits, targets = row_logits(lm, [next(drawn).row(lm) for _ in range(settings.clean_rows)])
@@ -121,7 +122,7 @@ def unlearn(
             for name, values in exact.items():
                 weights[name].data.copy_(values)
             on_progress("unlearning", step + 1, settings.unlearn_steps)
-        changes = {name: (values - original[name]).cpu() for name, values in exact.items()}
+        changes = {name: (values - original[name].float()).cpu() for name, values in exact.items()}
     return [layer.vectors(changes).abs().sum(dim=1) for layer in layers]
 
 
