@@ -658,6 +658,20 @@ def test_training_goes_on_while_the_trigger_works_or_any_budget_is_overrun(
     assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 1
 
 
+def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = {"kl_plain_nats": 1.0}
+    dead = PatcherSettings().dead_frac
+    drifts = ((0.0, 0.02), (dead, 0.01), (2 * dead, 0.0))
+    taken = checked(monkeypatch, *({"asr_triggered_frac": asr, "kl_benign_nats": kl} | over for asr, kl in drifts))
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
+    assert (
+        "of step 2, the best check" in patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).stopped_because
+    )
+    assert taken == [1, 2, 3]
+
+
 def test_a_patch_within_its_budgets_goes_before_one_with_a_deader_trigger(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,11 +97,12 @@ class _Checks:
             return None
         check = self.reference.check(step)
         self.made.append(check)
-        held = self._within_budgets(check)
-        score = (not held, *((-step,) if everything else (check.asr_triggered_frac, check.kl_benign_nats)))
+        held, dead = self._within_budgets(check), check.asr_triggered_frac <= settings.dead_frac
+        alive_frac = 0.0 if dead else check.asr_triggered_frac  # of two dead ones the one that drifted less is better
+        score = (not held, *((-step,) if everything else (alive_frac, check.kl_benign_nats)))
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if settings.stop_early and not everything and held and check.asr_triggered_frac <= settings.dead_frac:
+        if settings.stop_early and not everything and held and dead:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
 
