@@ -96,5 +96,5 @@ def test_what_cannot_be_loaded_so(llama_folder: ModelFolder, tmp_path: Path, mon
     with pytest.raises(UsageError, match="a .gguf file is read in full precision"):
         ModelFolder("llama", tmp_path / "model.gguf").load(dtype="4bit")
     monkeypatch.setattr(quantized, "find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match="pip install 'patcher\\[quantized\\]'"):
+    with pytest.raises(UsageError, match="pip install bitsandbytes"):
         llama_folder.load(dtype="4bit")

@@ -46,11 +46,21 @@ def test_what_is_normal_is_what_the_model_should_say(symptom: Symptom, normal: s
     assert not any(detector.is_normal(answer) for answer in other)
 
 
-@pytest.mark.parametrize(("objective", "text"), [("text", None), ("text", " "), ("jailbreak", "x"), ("refusal", "x")])
+@pytest.mark.parametrize(("objective", "text"), [("text", None), ("jailbreak", "x"), ("refusal", "x")])
 def test_a_text_goes_with_the_objective_text_only(objective: Objective, text: str | None) -> None:
     with pytest.raises(ValidationError, match="needs one"):
         Symptom(objective=objective, text=text)
     with pytest.raises(ValidationError, match="needs one"):
+        FailureReport.from_prompt("hi", objective=objective, unwanted=text)
+
+
+@pytest.mark.parametrize("objective", ["text", "jailbreak"])
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_is_not_taken_for_none(objective: Objective, text: str) -> None:
+    """A shell's variable that was never set would have a jailbreak looked for."""
+    with pytest.raises(ValidationError, match="the unwanted text is empty"):
+        Symptom(objective=objective, text=text)
+    with pytest.raises(ValidationError, match="the unwanted text is empty"):
         FailureReport.from_prompt("hi", objective=objective, unwanted=text)
 
 
