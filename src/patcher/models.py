@@ -126,14 +126,7 @@ def load_checkpoint(
     except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
-        if _is_unreached(error):
-            raise PatcherError(
-                f"{source!r} is no folder here, so it was taken for a hub id, and the hub could not be reached: check "
-                "the path if a folder was meant, or the network"
-            ) from error
-        problem = " ".join(str(error).split())
-        tried = "" if path.exists() else " (there is no such folder here, so it was taken for a hub id)"
-        raise UsageError(f"could not load a model from {source!r}{tried}: {type(error).__name__}: {problem}") from error
+        raise _unloadable(source, error) from error
     network, found = loaded
     check_complete(found, source)
     if chat_template is not None:
@@ -149,6 +142,18 @@ def load_checkpoint(
     network.eval().requires_grad_(False)
     _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
+
+
+def _unloadable(source: str, error: Exception) -> PatcherError:
+    """What is said of a model that cannot be loaded."""
+    if _is_unreached(error):
+        return PatcherError(
+            f"{source!r} is no folder here, so it was taken for a hub id, and the hub could not be reached: check "
+            "the path if a folder was meant, or the network"
+        )
+    problem = " ".join(str(error).split())
+    tried = "" if Path(source).exists() else " (there is no such folder here, so it was taken for a hub id)"
+    return UsageError(f"could not load a model from {source!r}{tried}: {type(error).__name__}: {problem}")
 
 
 def _is_unreached(error: BaseException | None) -> bool:

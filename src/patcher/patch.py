@@ -176,8 +176,8 @@ def check_base(patch: Patch, lm: LanguageModel) -> None:
         )
     modules, weights = dict(lm.network.named_modules()), dict(lm.network.named_parameters(remove_duplicate=False))
     head = lm.network.get_output_embeddings()
-    of_head = [key for key in patch.tensors if modules.get(key.rsplit(".lora_", 1)[0]) is head]
-    if of_head := [*of_head, *(name for name in patch.changed if weights.get(name) is head.weight)]:
+    low_rank = [key for key in patch.tensors if modules.get(key.rsplit(".lora_", 1)[0]) is head]
+    if of_head := low_rank + [name for name in patch.changed if weights.get(name) is head.weight]:
         raise UsageError(
             f"this patch changes the output matrix ({of_head[0]}), through which the reference's hidden states are "
             "read, too: its drift could not be told; leave the embeddings and the output matrix as they are"

@@ -19,8 +19,7 @@ from patcher.records import UsageError
 from patcher.tasks import AnyTask
 from patcher.training import Progress
 
-__all__ = ["BENCHES", "check_plot", "plot_costs", "run_bench", "run_grid"]
-BENCHES = ("repair", "localize", "verdict", "scan", "speed")
+__all__ = ["check_plot", "plot_costs", "run_bench", "run_grid"]
 
 
 def run_bench(
@@ -39,11 +38,6 @@ def run_bench(
     Raises:
         UsageError: an unknown bench, nothing to do, or `out` cannot be written.
     """
-    if what not in BENCHES:
-        raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(BENCHES)}")
-    if what == "scan" and not (beds or read_rows(out, "weights")):
-        raise UsageError(f"nothing to do: {out} holds no results yet; name beds with --bed")
-    check_appendable(out)
     benches: dict[str, tuple[str, Callable[[], None], Callable[[list[dict[str, Any]]], str]]] = {
         "repair": ("repair", partial(repair.run, out, seeds, methods, on_progress), repair.table),
         "localize": ("prompt", partial(localize.run, out, n, on_progress), localize.table),
@@ -51,6 +45,11 @@ def run_bench(
         "scan": ("weights", partial(scans.run, out, beds, seeds, on_progress), scans.table),
         "speed": ("stage", partial(speed.run, out, model, methods, on_progress), costs.table),
     }
+    if what not in benches:
+        raise UsageError(f"unknown bench {what!r}: use one of grid, {', '.join(benches)}")
+    if what == "scan" and not (beds or read_rows(out, "weights")):
+        raise UsageError(f"nothing to do: {out} holds no results yet; name beds with --bed")
+    check_appendable(out)
     key, measure, as_table = benches[what]
     earlier = len(read_rows(out, key))
     measure()

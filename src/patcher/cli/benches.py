@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,35 @@ def _is_page(path: Path) -> bool:
     return path.is_file() and "<title>Patcher bench</title>" in path.read_text(encoding="utf-8", errors="replace")
 
 
+_WHOSE = {
+    "beds": ("--bed", ("grid", "scan")),
+    "model": ("--model", ("grid", "speed")),
+    "attacks": ("--attack", ("grid",)),
+    "defenses": ("--defense", ("grid",)),
+    "reports": ("--reports", ("grid",)),
+    "n": ("--n", ("localize", "verdict")),
+    "seeds": ("--seeds", ("grid", "scan", "repair")),
+    "methods": ("--method", ("repair", "speed")),
+    "html": ("--html", ("grid",)),
+    "plot": ("--plot", ("speed",)),
+    "audit_prompts": ("--audit-prompts", ("grid",)),
+    "validation": ("--validation", ("grid",)),
+    "lasting": ("--lasting", ("grid",)),
+    "task": ("--task", ("grid",)),
+    "limit": ("--limit", ("grid",)),
+}
+"""Of each option but --out: its flag, and the benches that it is of."""
+
+
+def _check_flags(what: str, given: Mapping[str, object]) -> None:
+    """Raises UsageError for one that this bench would not look at."""
+    for name, (flag, whose) in _WHOSE.items():
+        if given[name] and what not in whose:
+            raise UsageError(f"{flag} is an option of bench {', '.join(whose)}, not of bench {what}")
+
+
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Results, a JSON line each; finished lines are not run again")],
     what: Annotated[
         Literal["grid", "scan", "speed", "repair", "localize", "verdict"],
@@ -79,25 +108,7 @@ def bench(
     """
     if processes() > 1:
         raise UsageError("patcher bench runs in one process: start it without torchrun")
-    of: dict[str, tuple[object, str]] = {
-        "--bed": (beds, "grid, scan"),
-        "--model": (model, "grid, speed"),
-        "--attack": (attacks, "grid"),
-        "--defense": (defenses, "grid"),
-        "--reports": (reports, "grid"),
-        "--n": (n, "localize, verdict"),
-        "--seeds": (seeds, "grid, scan, repair"),
-        "--method": (methods, "repair, speed"),
-        "--html": (html, "grid"),
-        "--plot": (plot, "speed"),
-        "--audit-prompts": (audit_prompts, "grid"),
-        "--validation": (validation, "grid"),
-        "--lasting": (lasting, "grid"),
-        "--task": (task, "grid"),
-        "--limit": (limit, "grid"),
-    }
-    if odd := [(flag, whose) for flag, (value, whose) in of.items() if value and what not in whose.split(", ")]:
-        raise UsageError(f"{odd[0][0]} is an option of bench {odd[0][1]}, not of bench {what}")
+    _check_flags(what, context.params)
     if html and not _is_page(html):
         check_new(html, "--html")
     check_new(plot, "--plot")
