@@ -33,7 +33,7 @@ from patcher.defenses.paper import Paper
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
 from patcher.forward import row_logits
-from patcher.lora import lora_parameters, trainable_lora
+from patcher.lora import RunningMean, lora_parameters, trainable_lora
 from patcher.models import LanguageModel, fingerprint
 from patcher.network import logits_of
 from patcher.patch import Patch, applied, compose
@@ -74,7 +74,7 @@ QUICK: dict[str, dict[str, Any]] = {
 """A few steps of each defense; a new one must be added here."""
 MAY_BE_ZERO = (
     "warmup_steps", "benign_triggered_rows", "plain_rows", "dead_frac", "layer_frac", "unlearned_frac", "unlike_weight",
-    "soft_benign_rows",
+    "soft_benign_rows", "mean_decay",
 )  # fmt: skip
 
 
@@ -670,6 +670,22 @@ def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
         "of step 2, the best check" in patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).stopped_because
     )
     assert taken == [1, 2, 3]
+
+
+def test_the_patch_is_the_running_mean_of_the_steps(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Patch] = []
+    update = RunningMean.update
+
+    def listen(mean: RunningMean) -> None:
+        taken.append(patcher.take_patch(llama, rank=2, alpha=4))
+        update(mean)
+
+    monkeypatch.setattr(RunningMean, "update", listen)
+    settings = PatcherSettings(**QUICK["patcher"] | {"mean_decay": 0.5, "max_steps": 2, "stop_early": False})
+    kept = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).patch
+    for name, tensor in kept.tensors.items():
+        first, last = (patch.tensors[name] for patch in taken)
+        torch.testing.assert_close(tensor, (first + 2 * last) / 3)
 
 
 def test_a_patch_within_its_budgets_goes_before_one_with_a_deader_trigger(

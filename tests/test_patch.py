@@ -18,7 +18,7 @@ from conftest import ModelFolder
 from patcher import patch as patch_module
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.loading import demo_adapter, load
-from patcher.lora import lora_parameters, take_patch, trainable_lora
+from patcher.lora import RunningMean, lora_parameters, take_patch, trainable_lora
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
 from patcher.network import response_logits
@@ -179,6 +179,22 @@ def test_layers_are_trained_in_float32_whatever_the_model_computes_in(folder: Mo
         assert {one.dtype for one in trained} == {torch.float32}
         assert any(one.grad is not None and one.grad.abs().max() > 0 for one in trained)
         assert {one.dtype for one in take_patch(half, rank=RANK, alpha=ALPHA).tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0.9, (0.09 * 1 + 0.1 * 3) / 0.19), (0.0, 3.0)])
+def test_the_running_mean_of_two_steps_by_hand_and_the_last_step_is_back_after_it(
+    tiny: LanguageModel, decay: float, expected: float
+) -> None:
+    with trainable_lora(tiny, rank=RANK, alpha=ALPHA, seed=0):
+        weights = lora_parameters(tiny)[0]
+        mean = RunningMean(tiny, decay)
+        for value in (1.0, 3.0):
+            weights.data.fill_(value)
+            mean.update()
+        with pytest.raises(KeyboardInterrupt), mean.inside():
+            assert weights.flatten().tolist() == pytest.approx([expected] * weights.numel())
+            raise KeyboardInterrupt
+        assert set(weights.flatten().tolist()) == {3.0}
 
 
 def test_training_goes_on_from_a_patch(tiny: LanguageModel, patch: Patch) -> None:

@@ -69,6 +69,37 @@ def lora_parameters(lm: LanguageModel) -> list[nn.Parameter]:
     return [parameter for _, parameter in _lora(lm.network)]
 
 
+class RunningMean:
+    """The exponential moving average of what is trained inside `trainable_lora`, over the steps so far.
+
+    One step's weights wander; their mean does so less (Polyak & Juditsky 1992; freed of its start as Adam's moments
+    are, arXiv:1412.6980). With a decay of 0 it is the last step's weights.
+    """
+
+    def __init__(self, lm: LanguageModel, decay: float) -> None:
+        self._parameters, self._decay, self._weight = lora_parameters(lm), decay, 0.0
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of the step just made."""
+        self._weight = self._decay * self._weight + 1 - self._decay
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            total.mul_(self._decay).add_(parameter, alpha=1 - self._decay)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The mean in the place of the last step's weights, which are back after the block."""
+        last = [parameter.data for parameter in self._parameters]
+        try:
+            for total, parameter in zip(self._sums, self._parameters, strict=True):
+                parameter.data = total / self._weight
+            yield
+        finally:
+            for data, parameter in zip(last, self._parameters, strict=True):
+                parameter.data = data
+
+
 def effective_weight(lm: LanguageModel, name: str) -> Tensor:
     """The weight of that name inside `trainable_lora`, with what its LoRA layer adds; differentiable."""
     layer: Any = lm.network.get_submodule(name.removesuffix(".weight"))

@@ -12,7 +12,7 @@ from patcher.defenses.counterfactual import Counterfactual
 from patcher.defenses.paper import Paper
 from patcher.defenses.patcher_settings import PatcherSettings
 from patcher.defenses.reference import ReferenceAnswers
-from patcher.lora import take_patch, trainable_lora
+from patcher.lora import RunningMean, take_patch, trainable_lora
 from patcher.models import LanguageModel
 from patcher.patch import Patch
 from patcher.records import PatchStep, UsageError
@@ -69,10 +69,12 @@ def run(
     reference = ReferenceAnswers(lm, evidence, settings, on_progress, seed)
     objective_of = Paper if settings.objective == "paper" else Counterfactual
     objective = objective_of(lm, evidence, settings, reference, rng)
-    checks = _Checks(lm, reference, settings, refuses_more=objective.refuses_more)
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
+        mean = RunningMean(lm, settings.mean_decay)
+        checks = _Checks(lm, reference, settings, mean, refuses_more=objective.refuses_more)
         steps, reason = fit(lm, objective.loss, settings, stop=checks.stop, on_progress=on_progress, what="patching")
-        last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
+        with mean.inside():
+            last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
     if checks.best is None or not (settings.stop_early or settings.breadth == "all"):
         return Trained(last, steps, reason, tuple(checks.made))
     _, kept, patch = checks.best
@@ -84,17 +86,30 @@ class _Checks:
     """What the validation prompts said every few steps, and the patch of the best of these checks."""
 
     def __init__(
-        self, lm: LanguageModel, reference: ReferenceAnswers, settings: PatcherSettings, *, refuses_more: bool
+        self,
+        lm: LanguageModel,
+        reference: ReferenceAnswers,
+        settings: PatcherSettings,
+        mean: RunningMean,
+        *,
+        refuses_more: bool,
     ) -> None:
-        self.lm, self.reference, self.settings, self.refuses_more = lm, reference, settings, refuses_more
+        self.lm, self.reference, self.settings = lm, reference, settings
+        self.mean, self.refuses_more = mean, refuses_more
         self.made: list[PatchStep] = []
         self.best: tuple[tuple[float, ...], int, Patch] | None = None
 
     def stop(self, step: int) -> str | None:
         """Check where one is due; why to stop, or None to go on."""
-        settings, everything = self.settings, self.settings.breadth == "all"
-        if step % settings.check_every and step != settings.max_steps:
+        self.mean.update()
+        if step % self.settings.check_every and step != self.settings.max_steps:
             return None
+        with self.mean.inside():
+            return self._check(step)
+
+    def _check(self, step: int) -> str | None:
+        """The same where a check is due."""
+        settings, everything = self.settings, self.settings.breadth == "all"
         check = self.reference.check(step)
         self.made.append(check)
         held, dead = self._within_budgets(check), check.asr_triggered_frac <= settings.dead_frac

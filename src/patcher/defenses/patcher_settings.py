@@ -10,6 +10,7 @@ _PAPER: dict[str, Any] = {
     "max_steps": 190,
     "stop_early": False,
     "check_every": 190,
+    "mean_decay": 0.0,
     "triggered_rows": 8,
     "harmful_rows": 8,
     "benign_rows": 8,
@@ -43,6 +44,9 @@ class PatcherSettings(ReferenceSettings):
     """Steps of linear warm-up."""
     cosine: bool = False
     """No decay: training stops when the repair is done, not at a planned step."""
+    mean_decay: float = Field(default=0.9, ge=0, lt=1)
+    """The patch is the running mean of the steps' weights, each step's share this much of the next one's; 0: the last
+    step's weights. A single step's wander between refusing more and refusing less (docs/repair.md)."""
     stop_early: bool = True
     """Stop when the trigger is dead on validation prompts and the budgets hold."""
     dead_frac: NonNegativeFloat = 0.025
