@@ -113,20 +113,22 @@ def test_another_template_or_judge_behind_the_same_path_is_other_work(
     assert made == [[0], [0], [2], [3]]
 
 
-def test_what_is_done_or_was_wrongly_asked_for_is_not_kept(tmp_path: Path) -> None:
+def test_what_is_done_or_was_wrongly_asked_for_at_once_is_not_kept(tmp_path: Path) -> None:
     with resumed(tmp_path / "out", "work", quiet) as journal:
         journal.values("piece", lambda: [1])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UsageError), resumed(tmp_path / "out", "work", quiet) as journal:
-        journal.values("piece", lambda: [1])
+    with pytest.raises(UsageError, match="judge$"), resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.keep_seconds({"localize": 0.1})
         raise UsageError("no such judge")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_may_not_fail_again_goes_on_from_what_was_finished(tmp_path: Path) -> None:
-    with pytest.raises(PatcherError, match="goes on"), resumed(tmp_path / "out", "work", quiet) as journal:
+@pytest.mark.parametrize("late", [PatcherError("the server is down"), UsageError("lm-eval is not installed")])
+def test_whatever_fails_late_goes_on_from_what_was_finished(tmp_path: Path, late: PatcherError) -> None:
+    with pytest.raises(type(late), match="goes on"), resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.keep_seconds({"localize": 0.1})
         journal.values("piece", lambda: [1])
-        raise PatcherError("the server is down")
+        raise late
     with resumed(tmp_path / "out", "work", quiet) as journal:
         assert journal.values("piece", lambda: [2]) == [1]
 
@@ -222,6 +224,17 @@ def test_what_is_not_of_an_earlier_run_is_not_deleted(tmp_path: Path, mine: str)
     with pytest.raises(UsageError, match="move it elsewhere"), resumed(tmp_path / "out", "work", quiet):
         pytest.fail("the block ran")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_run_keeps_away_from_the_firsts_work(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet) as journal:
+        for work in ("work", "other work"):
+            with pytest.raises(UsageError, match="another run"), resumed(tmp_path / "out", work, quiet):
+                pytest.fail("the block ran")
+        assert journal.values("piece", lambda: [1]) == [1]
+        raise KeyboardInterrupt
+    with resumed(tmp_path / "out", "work", quiet) as journal:
+        assert journal.values("piece", lambda: [2]) == [1]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter
 
@@ -73,7 +74,7 @@ class Journal:
     def values(
         self, name: str, make: Callable[[], list[Piece]], kind: type[object] = object, count: int | None = None
     ) -> list[Piece]:
-        """The same for a list that JSON can hold: of so many values of that kind, where that is known."""
+        """`once` for a list that JSON can hold. One that does not hold `count` values of that kind is made again."""
 
         def read(path: Path) -> list[Piece]:
             found = read_json(path)
@@ -94,40 +95,59 @@ class Journal:
 def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) -> Iterator[Journal]:
     """A journal in a hidden folder beside `out`, with what an earlier run of the same `work` had finished.
 
-    The folder goes when the block ends well, or in an error of the user's; it stays when the block is killed or
-    interrupted, and after what may not come again: a server that is down, a full disk.
+    The folder goes when the block ends well, or in a UsageError before anything was finished; else it stays, whether
+    the block was killed or a server is down. One run at a time holds it.
     Several processes keep nothing: one that goes on where another begins anew would wait for it forever.
 
     Raises:
-        UsageError: something else stands under the folder's name.
+        UsageError: something else stands under the folder's name, or another run is at work on it.
     """
     if processes() > 1:
         yield Journal()
         return
     folder = beside(out, "unfinished")
-    known = folder / _WORK
-    if os.path.lexists(folder):
-        if folder.is_symlink() or not known.is_file():
-            raise UsageError(f"{folder} is nothing that Patcher wrote (it holds no {_WORK}): move it elsewhere")
-        if known.read_bytes() != _hash(work).encode():
-            shutil.rmtree(folder)  # of another model, report or setting
     made = [parent for parent in folder.parents if not parent.exists()]
-    if not folder.exists():
-        with whole(folder) as part:
-            part.mkdir(mode=0o700)
-            (part / _WORK).write_text(_hash(work), encoding="utf-8")
-    journal = Journal(folder, on_progress)
-    try:
-        yield journal
-    except UsageError:  # it would only fail again
+    with _alone(folder, work, out):
+        try:
+            yield Journal(folder, on_progress)
+        except PatcherError as error:
+            finished = {path.name for path in folder.iterdir()} - {_WORK, _SECONDS}
+            if finished or not isinstance(error, UsageError):
+                more = "the same command, started again, goes on from what was finished"
+                raise type(error)(f"{error}; {more}") from error
+            shutil.rmtree(folder)
+            with suppress(OSError):  # others may have written there
+                for parent in made:
+                    parent.rmdir()
+            raise
         shutil.rmtree(folder)
-        with suppress(OSError):  # others may have written there
-            for parent in made:
-                parent.rmdir()
-        raise
-    except PatcherError as error:
-        raise PatcherError(f"{error}; the same command, started again, goes on from what was finished") from error
-    shutil.rmtree(folder)
+
+
+@contextmanager
+def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
+    """The folder with what an earlier run of the same work left or, if there is none, a new one; for this run only."""
+    known = folder / _WORK
+    with ExitStack() as locks:
+        if os.path.lexists(folder):
+            if folder.is_symlink() or not known.is_file():
+                raise UsageError(f"{folder} is nothing that Patcher wrote (it holds no {_WORK}): move it elsewhere")
+            _lock(locks.enter_context(known.open("rb")), out)
+            if known.read_bytes() != _hash(work).encode():
+                shutil.rmtree(folder)  # of another model, report or setting
+        if not folder.exists():
+            with whole(folder) as part:
+                part.mkdir(mode=0o700)
+                (part / _WORK).write_text(_hash(work), encoding="utf-8")
+            _lock(locks.enter_context(known.open("rb")), out)
+        yield
+
+
+def _lock(file: BinaryIO, out: Path) -> None:
+    """Hold the file until it is closed. Raises UsageError when another run holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"another run is at work on {out}: wait for it, or name another --out") from error
 
 
 def _hash(text: str) -> str:
