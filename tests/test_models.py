@@ -296,6 +296,16 @@ def test_an_identity_sees_the_template_and_the_tokenizer_too(llama_folder: Model
     assert more.identity != lm.identity
 
 
+def test_an_identity_sees_the_configuration_and_the_precision_too(llama_folder: ModelFolder) -> None:
+    lm, other = llama_folder.load(), llama_folder.load()
+    assert lm.identity == other.identity
+    other.network.config.rms_norm_eps = 0.5
+    assert lm.identity != other.identity
+    narrow = llama_folder.load()
+    narrow.network.bfloat16()
+    assert lm.identity != narrow.identity
+
+
 def test_a_fingerprint_sees_one_weight(folder: ModelFolder) -> None:
     lm = folder.load()
     again = folder.load()

@@ -50,10 +50,14 @@ class LanguageModel:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the weights and of what its answers depend on beside them: the tokenizer and the chat template."""
-        tokenizer: Any = self.tokenizer
+        """SHA-256 of the weights and of what its answers depend on beside them: where and how precisely they are
+        computed, the configuration, the tokenizer and the chat template.
+        """
+        tokenizer, generation = cast(Any, self.tokenizer), getattr(self.network, "generation_config", None)
         words = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template)
-        return hashlib.sha256(repr((self.fingerprint, words)).encode()).hexdigest()
+        settings = (self.network.config.to_dict(), generation and generation.to_dict())
+        computed = (str(self.device), str(self.network.dtype), str(settings))
+        return hashlib.sha256(repr((self.fingerprint, words, computed)).encode()).hexdigest()
 
     @property
     def device(self) -> torch.device:

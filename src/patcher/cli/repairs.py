@@ -191,7 +191,7 @@ def repair(
         expected = plan(lm, prompts, settings, len(reports))
         show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
-    work = repr((lm.identity, settings.audit.judge_rows, device, dtype, reports, settings, prompts, tasks, versions()))
+    work = repr((lm.identity, dtype, settings.audit.judge_rows, reports, settings, prompts, tasks, versions()))
     with ProgressBars() as progress, resumed(out, work, progress) as journal:
         made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress, journal=journal)
         made.save(out, redact=redact, merge_into=lm if merge else None)
