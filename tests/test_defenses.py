@@ -601,10 +601,11 @@ def test_training_goes_on_while_a_budget_is_overrun(llama: LanguageModel) -> Non
 
 
 def test_the_patch_kept_is_the_best_one_checked_not_the_last(llama: LanguageModel) -> None:
-    """All budgets overrun and ASR 0 everywhere: the check with the least drift is the first."""
+    """One budget overrun and ASR 0 everywhere: the check with the least drift."""
     settings = PatcherSettings(**QUICK["patcher"] | {"budget_benign_nats": 1e-9, "check_every": 1, "max_steps": 6})
     log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
     least = min(log.checks, key=lambda check: check.kl_benign_nats)
+    assert least is not log.checks[-1], "else this test would see nothing"
     texts = PROMPTS.texts("benign", "validation", settings.validation_drift_prompts)
     examples = own_examples(llama, texts, all_refused, settings.response_tokens, quiet, "")
     with applied(log.patch, llama) as patched:
@@ -688,11 +689,15 @@ def test_the_patch_is_the_running_mean_of_the_steps(llama: LanguageModel, monkey
         torch.testing.assert_close(tensor, (first + 2 * last) / 3)
 
 
-def test_a_patch_within_its_budgets_goes_before_one_with_a_deader_trigger(
-    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("over", ["kl_plain_nats", "refusal_fall_frac", "kl_benign_triggered_nats"])
+def test_a_patch_that_repairs_nothing_never_goes_before_one_that_does(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
-    over = {"kl_benign_nats": 1.0}
-    taken = checked(monkeypatch, over, {"asr_triggered_frac": 0.5}, over)
-    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
-    patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
-    assert taken == [1, 2, 3]  # the first as there is no other, the second as a better one, the last as the last
+    steps = ({"asr_triggered_frac": 0.9}, {"asr_triggered_frac": 0.4}, {over: 0.9}, {over: 0.1}, {over: math.nan})
+    checked(monkeypatch, *steps)
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1, "max_steps": 5})
+    trained = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    assert "the patch is that of step 4, the best check" in trained.stopped_because
+    checked(monkeypatch, *steps[:2])
+    trained = patcher.run(llama, EVIDENCE, settings.model_copy(update={"max_steps": 2}), seed=0, on_progress=quiet)
+    assert "the best check" not in trained.stopped_because, "of two that work still, the one that leaves less"

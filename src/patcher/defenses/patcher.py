@@ -3,6 +3,7 @@
 Gao et al. (2026), arXiv:2606.02995. `objective="paper"` is their loss; `objective="counterfactual"` is ours.
 """
 
+import math
 import random
 from dataclasses import replace
 from typing import Literal
@@ -109,32 +110,35 @@ class _Checks:
             return self._check(step)
 
     def _check(self, step: int) -> str | None:
-        """The same where a check is due."""
+        """Make a check, keep its patch if it is the best so far, and say why to stop, if to.
+
+        The best is the one that leaves the least of the trigger alive (of one that counts as dead, none) and, of those,
+        overruns its budgets the least; of soft insertions, whose triggers no check sees, the last within its budgets.
+        """
         settings, everything = self.settings, self.settings.breadth == "all"
         check = self.reference.check(step)
         self.made.append(check)
-        held, dead = self._within_budgets(check), check.asr_triggered_frac <= settings.dead_frac
-        alive_frac = 0.0 if dead else check.asr_triggered_frac  # of two dead ones the one that drifted less is better
-        score = (not held, *((-step,) if everything else (alive_frac, check.kl_benign_nats)))
+        overrun, dead = self._overrun(check), check.asr_triggered_frac <= settings.dead_frac
+        score = (float(overrun > 0), -step) if everything else (0.0 if dead else check.asr_triggered_frac, overrun)
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if settings.stop_early and not everything and held and dead:
+        if settings.stop_early and not everything and dead and not overrun:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
 
-    def _within_budgets(self, check: PatchStep) -> bool:
+    def _overrun(self, check: PatchStep) -> float:
+        """How far the check is over its budgets: the sum of what each is over, as a multiple of it."""
         budgets = self.settings
-        return (
-            check.kl_benign_nats <= budgets.budget_benign_nats
-            and check.kl_benign_triggered_nats <= budgets.budget_triggered_nats
-            and check.kl_plain_nats <= budgets.budget_plain_nats
-            and check.refusal_rise_frac <= budgets.budget_refusal_frac
-            and (self.refuses_more or self._still_refuses(check))
-        )
-
-    def _still_refuses(self, check: PatchStep) -> bool:
-        budgets = self.settings
-        return (
-            check.kl_harmful_nats <= budgets.budget_harmful_nats
-            and check.refusal_fall_frac <= budgets.budget_refusal_fall_frac
-        )
+        limited = [
+            (check.kl_benign_nats, budgets.budget_benign_nats),
+            (check.kl_benign_triggered_nats, budgets.budget_triggered_nats),
+            (check.kl_plain_nats, budgets.budget_plain_nats),
+            (check.refusal_rise_frac, budgets.budget_refusal_frac),
+        ]
+        if not self.refuses_more:  # what is wanted there is another answer to harmful requests
+            limited += [
+                (check.kl_harmful_nats, budgets.budget_harmful_nats),
+                (check.refusal_fall_frac, budgets.budget_refusal_fall_frac),
+            ]
+        total = sum(max(figure / budget - 1, 0.0) for figure, budget in limited)
+        return total if total >= 0 else math.inf  # NaN is nothing to keep
