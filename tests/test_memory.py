@@ -1,5 +1,6 @@
 """What does not fit the device is cut: the results are the same."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from patcher.losses import response_nll
 from patcher.memory import chunked, training_in_parts
 from patcher.models import LanguageModel, fingerprint
 from patcher.symptoms import Detector
-from patcher.training import quiet
+from patcher.training import fit, quiet
 from test_defenses import EVIDENCE, QUICK, some_refused
 
 ROWS = [Row((1, 5, 6, *range(7, 7 + number)), (10 + number, 11)) for number in range(5)]
@@ -98,6 +99,30 @@ def test_the_default_repair_goes_on_in_parts_and_does_not_run_out_of_draws(tiny:
     settings = PatcherSettings(**QUICK["patcher"] | {"stop_early": False, "benign_triggered_rows": 2})
     full_above(3, tiny)
     assert patcher.run(tiny, some, settings, seed=0, on_progress=quiet).steps == settings.max_steps
+
+
+def test_a_try_that_failed_holds_no_memory_during_the_next(tiny: LanguageModel) -> None:
+    """Where the gradient was what did not fit, too."""
+    tried: list[weakref.ref[torch.Tensor]] = []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *_: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def loss_at(_step: int) -> torch.Tensor:
+        assert all(one() is None for one in tried)
+        logits, _ = row_logits(tiny, ROWS)
+        tried.append(weakref.ref(logits))
+        return Full.apply(logits).sum() if len(tried) < 3 else logits.sum()
+
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        fit(tiny, loss_at, finetune.FinetuneSettings(max_steps=1))
+    assert len(tried) == 3
 
 
 def test_a_row_that_does_not_fit_is_an_error(tiny: LanguageModel) -> None:

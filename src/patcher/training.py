@@ -95,16 +95,21 @@ def _backward(
     """
     while True:
         try:
-            with training_in_parts(rows):
-                loss = loss_at(step)
-            loss.backward()
-            return loss.item(), rows
+            return _attempt(loss_at, step, rows), rows
         except torch.OutOfMemoryError:
             if rows == 1 or processes() > 1:
                 raise
             rows = rows // 2 if rows else _FIRST_PART_ROWS
         for parameter in lora_parameters(lm):
             parameter.grad = None
+
+
+def _attempt(loss_at: Callable[[int], Tensor], step: int, rows: int | None) -> float:
+    """One try. A function of its own: when it fails, the batch's graph goes with its frame, before the next try."""
+    with training_in_parts(rows):
+        loss = loss_at(step)
+    loss.backward()
+    return loss.item()
 
 
 def endless(items: Sequence[Item], rng: Random) -> Iterator[Item]:
