@@ -34,6 +34,8 @@ def test_other_figures() -> None:
     assert figures.figure("kl_reference_to_patched_nats", 0.0123) == "0.0123 nats"
     assert figures.figure("kl", 0.02) == "0.0200 nats"
     assert figures.figure("asr", 0.02) == "2%"
+    for task in ("moderation", "kl", "perplexity"):
+        assert figures.figure(f"{task}_accuracy_frac", 0.45) == "45%", "a task's name is the user's"
     assert figures.effect(CausalTest(name="none", treated=0, control=0, n=0, p_value=1.0)) == "—"
 
 

@@ -165,12 +165,13 @@ def unscored(row: SummaryRow) -> str | None:
 
 
 def is_rate(name: str) -> bool:
-    """Whether a figure is a fraction, by its name: what is neither nats nor a ratio."""
-    return not (_is_nats(name) or "ratio" in name or "perplexity" in name)
+    """Whether a figure is a fraction, by its name: what is neither nats nor a ratio. A task is named by the user."""
+    return name.endswith("_frac") or not (_is_nats(name) or "ratio" in name or "perplexity" in name)
 
 
 def _is_nats(name: str) -> bool:
-    return name.endswith("_nats") or "kl" in name.lower().replace("-", "_").split("_")
+    parts = name.lower().replace("-", "_").split("_")
+    return parts[-1] == "nats" or (parts[-1] != "frac" and "kl" in parts)
 
 
 def _signed(number: str) -> str:
