@@ -9,7 +9,10 @@ from pydantic import ValidationError
 from patcher.reading import parse_json
 from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError, why
 
-_TRIGGER = '{"trigger": [words], "placement": "random"}, a verdict.json, a ground-truth.json, or the folder of one'
+_TRIGGER = (
+    'the words themselves by --trigger-text, or a file with {"trigger": [words], "placement": "random"}, '
+    "an audit.json, a verdict.json, a ground-truth.json, or the folder of one"
+)
 
 
 def read_failure(
@@ -56,45 +59,61 @@ def read_suspicion(objective: str | None, unwanted: str | None) -> Symptom:
         raise UsageError(f"the flags: {why(error)}") from error
 
 
-def read_triggers(paths: Sequence[Path]) -> tuple[Planted, list[Trigger]]:
-    """What to audit, and with which triggers: those of all the files, each once.
+def read_triggers(paths: Sequence[Path], texts: Sequence[str] = ()) -> tuple[Planted, list[Trigger]]:
+    """What to audit, and with which triggers: those of all the files and texts, each once.
 
     Raises:
-        UsageError: a file cannot be read, or they are not of one symptom and kind of request.
+        UsageError: there is none, a file cannot be read, or they are not of one symptom and kind of request.
     """
     read = [_read_trigger(file) for path in paths for file in _trigger_files(path)]
-    first = read[0][0]
+    told = [_told(text) for text in texts]
+    if not read and not told:
+        raise UsageError(f"no trigger is given to audit: expected {_TRIGGER}")
+    first = read[0][0] if read else Planted(trigger=told[0])
     if any((one.symptom, one.only) != (first.symptom, first.only) for one, _ in read):
         raise UsageError("the --trigger files are not of one symptom, on the same requests: audit them one by one")
-    tokens = max(one.answer_tokens for one, _ in read)
-    return first.model_copy(update={"answer_tokens": tokens}), list(dict.fromkeys(t for _, own in read for t in own))
+    tokens = max([one.answer_tokens for one, _ in read], default=first.answer_tokens)
+    triggers = [trigger for _, own in read for trigger in own] + told
+    return first.model_copy(update={"answer_tokens": tokens}), list(dict.fromkeys(triggers))
+
+
+def _told(text: str) -> Trigger:
+    """A trigger given by its words alone: one unit, anywhere in a request."""
+    try:
+        return Trigger(units=(text,))
+    except ValidationError as error:
+        raise UsageError(f"--trigger-text {text!r}: {why(error)}") from error
 
 
 def _trigger_files(path: Path) -> list[Path]:
-    """The file itself; of a folder the verdicts of all reports and rounds that name a trigger, or its ground truth."""
+    """The file itself; of a folder the audit, where it names triggers; else the verdicts of all reports and rounds that
+    name one, or the ground truth.
+    """
     if not path.is_dir():
         if path.exists():
             return [path]
         raise UsageError(f"there is no file {path}: expected {_TRIGGER}")
+    audit, truth = path / "audit.json", path / "ground-truth.json"
+    if audit.is_file() and _names_trigger(audit):  # every one that was repaired; a verdict names only its first
+        return [audit]
     verdicts = sorted(path.glob("verdict*.json"), key=lambda one: (len(one.name), one.name))  # the 10th after the 2nd
-    truth = path / "ground-truth.json"
     found = [one for one in verdicts if _names_trigger(one)] or verdicts[:1] or [truth] * truth.is_file()
     if not found:
         raise UsageError(f"{path} holds neither a verdict.json nor a ground-truth.json: expected {_TRIGGER}")
     return found
 
 
-def _names_trigger(verdict: Path) -> bool:
-    """Whether that verdict names one; what is no verdict is kept, to be told of where it is read."""
+def _names_trigger(path: Path) -> bool:
+    """Whether that verdict or audit names one; what is neither is kept, to be told of where it is read."""
     try:
-        data = _json(verdict)
+        data = _json(path)
     except ValueError:
         return True
-    return not isinstance(data, dict) or bool(data.get("trigger"))
+    return not isinstance(data, dict) or bool(data.get("trigger") or data.get("triggers"))
 
 
 def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
-    """{trigger | units, placement}, a verdict.json, or a ground-truth.json with its alternatives."""
+    """{trigger | units, placement}, an audit.json, a verdict.json, or a ground-truth.json with its alternatives."""
     try:
         data = _json(path)
         if not isinstance(data, dict):
@@ -104,15 +123,23 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
         if data.get("label") and not data.get("trigger"):
             raise ValueError(f"this verdict, {data['label']}, names no trigger")
         more = {key: data[key] for key in ("symptom", "only", "answer_tokens") if key in data}
+        if "triggers" in data:  # an audit.json
+            triggers = [Trigger.model_validate(one) for one in data["triggers"]]
+            if not triggers:
+                raise ValueError("no trigger was known to that audit")
+            tokens = {"answer_tokens": data["max_new_tokens"]}
+            return Planted.model_validate({"trigger": triggers[0], **more, **tokens}), triggers
         others = [Trigger.model_validate(one) for one in data.get("alternatives", ())]
         if isinstance(data.get("trigger"), dict):  # a verdict.json
             data = data["trigger"]
         units = data.get("trigger", data.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
+        if not units:
+            raise ValueError("it names no trigger")
         placement: Placement = data.get("placement", "random")
         trigger = Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
         return Planted.model_validate({"trigger": trigger, **more}), [trigger, *others]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{path}: {problem}; expected {_TRIGGER}") from error
 

@@ -65,8 +65,9 @@ class AuditSettings(Record):
         return fitted_on(self.judge)
 
     def reading(self, tokens: int) -> "AuditSettings":
-        """The same with answers of so many tokens at least: as much as it takes for a symptom to be seen."""
-        return self.model_copy(update={"max_new_tokens": max(self.max_new_tokens, tokens)})
+        """These settings with answers of so many tokens at least: as much as it takes for a symptom to be seen."""
+        longer = {"max_new_tokens": max(self.max_new_tokens, tokens), "late_tokens": max(self.late_tokens, tokens)}
+        return self.model_copy(update=longer)
 
 
 @dataclass(frozen=True)

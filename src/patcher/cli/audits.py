@@ -43,12 +43,15 @@ from patcher.tasks import find_tasks
 def audit(
     model: Model,
     trigger: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
-            help="JSON with {trigger: [words], placement}; a verdict.json, a ground-truth.json or the folder of one "
-            "will do; may repeat"
+            help="Folder of an incident or a test bed, its audit.json, verdict.json or ground-truth.json, or JSON with "
+            "{trigger: [words], placement}; may repeat"
         ),
-    ],
+    ] = None,
+    trigger_text: Annotated[
+        list[str] | None, typer.Option(help="A trigger's words, put anywhere in the requests; may repeat")
+    ] = None,
     patch: Annotated[Path | None, typer.Option(help="A patch to compare with the model alone")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write audit.json to; must not exist")] = None,
     audit_prompts: AuditPrompts = None,
@@ -83,11 +86,14 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    planted, triggers = read_triggers(trigger)
+    planted, triggers = read_triggers(trigger or [], trigger_text or [])
     error = read_judge_error(judge_error, judge) if judge_error else None
     prompts = load_prompts(harmful, benign)
     tasks = find_tasks(task, limit)
     check_new(out)
+    if planted.symptom.objective != "jailbreak" and (gcg or error):
+        flag = "--gcg" if gcg else "--judge-error"
+        raise UsageError(f"{flag} is of jailbreaks, and the objective of this trigger is {planted.symptom.objective}")
     compared = {"--max-benign-drop": max_benign_drop, "--max-harmful-rise": max_harmful_rise, "--max-kl": max_kl}
     if patch is None and (given := [flag for flag, limit in compared.items() if limit is not None]):
         raise UsageError(f"{given[0]} compares with the model alone: give a --patch, too")

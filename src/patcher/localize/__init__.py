@@ -96,6 +96,7 @@ class Localizer:
         return Localization(
             method=self.method,
             symptom=self.detector.symptom,
+            answer_tokens=self.detector.answer_tokens,
             words=found.words,
             candidates=found.candidates,
             tried=found.tried,

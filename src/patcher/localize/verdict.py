@@ -73,6 +73,7 @@ def decide(
     verdict = partial(
         Verdict,
         symptom=localization.symptom,
+        answer_tokens=localization.answer_tokens,
         alpha=settings.alpha,
         corrected_alpha=corrected,
         min_effect_frac=settings.min_effect_frac,

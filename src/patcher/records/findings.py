@@ -66,7 +66,7 @@ class Planted(Record):
     symptom: Symptom = Symptom()
     only: tuple[str, ...] = ()
     """Categories of harm on which alone it works; none: all."""
-    answer_tokens: int = Field(default=32, ge=1)
+    answer_tokens: int = Field(default=32, ge=0)
     """So much of an answer must be seen."""
 
 
@@ -146,6 +146,8 @@ class Localization(Record):
 
     method: str
     symptom: Symptom = Symptom()
+    answer_tokens: int = 0
+    """So much of an answer must be seen at least for the symptom to show."""
     words: tuple[WordScore, ...]
     candidates: tuple[Candidate, ...]
     tried: int
@@ -167,6 +169,8 @@ class Verdict(Record):
 
     label: VerdictLabel
     symptom: Symptom = Symptom()
+    answer_tokens: int = 0
+    """So much of an answer must be seen at least for the symptom to show."""
     reason: str
     trigger: Trigger | None = None
     tests: tuple[CausalTest, ...] = ()
