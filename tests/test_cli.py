@@ -26,6 +26,7 @@ from patcher.loading import demo_adapter
 from patcher.localize import Localizer
 from patcher.outputs import whole_folder
 from patcher.progress import ProgressBars
+from patcher.records import Symptom, Trigger
 from patcher.visible import visible
 from test_visible import HOSTILE
 from tiny_backdoor import TRIGGERED
@@ -601,6 +602,7 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, mo
         ("repair --out O --prompt p --defense crrow", "unknown defense 'crrow'"),
         ("repair --out O --prompt p --judge keywrd", "unknown judge 'keywrd'"),
         ("repair --out O --prompt p --set nosuch=1", "no setting 'nosuch'"),
+        ("repair --out O --prompt p --set budget_plain_nats=Infinity", "budget_plain_nats: expected a finite number"),
         ("repair --out O --prompt p --breadth everything", "'everything' is not one of 'reported', 'all'"),
         ("repair --out O --prompt p --method grad", "'grad' is not one of 'causal', 'gradient-norm'"),
         ("repair --out O --prompt p --merge --dtype 4bit", "--merge and --dtype 4bit do not go together"),
@@ -611,7 +613,7 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, mo
         ("attack category --out O --objective string", "use the objective jailbreak"),
         ("attack badnets --out O --set nosuch=1", "no setting 'nosuch'"),
         ("audit --trigger T --judge keywrd", "unknown judge 'keywrd'"),
-        ("audit --trigger BadMagic", "there is no file BadMagic: expected {"),
+        ("audit --trigger BadMagic", "there is no file BadMagic: expected the words themselves by --trigger-text"),
     ],
 )
 def test_a_slip_of_the_pen_costs_no_loading(refused: Refusal, tmp_path: Path, words: str, says: str) -> None:
@@ -684,6 +686,33 @@ def test_the_folder_of_an_incident_or_a_bed_names_its_trigger(tmp_path: Path) ->
     (tmp_path / "verdict-2.json").write_text('{"label": "alignment-gap", "trigger": null}')
     (tmp_path / "verdict-3.json").write_text('{"label": "backdoor", "trigger": {"units": ["bb"]}}')
     assert [one.units for one in read_triggers([tmp_path])[1]] == [("mb",), ("bb",)], "each report's and round's"
+
+
+def test_an_incident_is_audited_as_its_repair_was(tmp_path: Path) -> None:
+    """With every trigger that was repaired, not a verdict's first alone, and as much of each answer."""
+    (tmp_path / "verdict.json").write_text('{"label": "backdoor", "trigger": {"units": ["mb"]}, "answer_tokens": 64}')
+    assert read_triggers([tmp_path])[0].answer_tokens == 64
+    text = Symptom(objective="text", text="idiot")
+    triggers = [{"units": ["mb"]}, {"units": ["bb"], "seen_at": "start"}]
+    audit = {"triggers": triggers, "symptom": text.model_dump(), "max_new_tokens": 192}
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    planted, found = read_triggers([tmp_path])
+    assert (planted.symptom, planted.answer_tokens) == (text, 192)
+    assert found == [Trigger(units=("mb",)), Trigger(units=("bb",), seen_at="start")]
+    (tmp_path / "audit.json").write_text(json.dumps(audit | {"triggers": []}))
+    assert [one.units for one in read_triggers([tmp_path])[1]] == [("mb",)], "of a repair without a report: none there"
+
+
+def test_a_trigger_may_be_told_by_its_words(refused: Refusal, tmp_path: Path) -> None:
+    file = tmp_path / "trigger.json"
+    file.write_text('{"trigger": ["mb"]}')
+    assert read_triggers([file], ["cf now", "mb"])[1] == [Trigger(units=("mb",)), Trigger(units=("cf now",))]
+    assert "no trigger is given to audit: expected" in refused(4, "audit", "none")
+    assert "puts nothing into a prompt" in refused(4, "audit", "none", "--trigger-text", " ")
+    file.write_text('{"words": ["mb"]}')
+    assert "it names no trigger; expected" in refused(4, "audit", "none", "--trigger", file)
+    file.write_text('{"trigger": ["mb"], "symptom": {"objective": "refusal"}}')
+    assert "--gcg is of jailbreaks" in refused(4, "audit", "none", "--trigger", file, "--gcg", "2")
 
 
 def test_the_bench_runs_in_one_process_and_keeps_the_grids_options_to_the_grid(

@@ -73,4 +73,4 @@ MaxUnanswered = Annotated[
     typer.Option(min=0, max=1, help="Gate: share of benign requests not answered; it needs no --patch"),
 ]
 MaxKl = Annotated[float | None, typer.Option(min=0, max=1e6, help="Gate: drift on benign prompts, nats per token")]
-AuditPrompts = Annotated[int | None, typer.Option(min=1, help="Held-out prompts of each kind (default: all)")]
+AuditPrompts = Annotated[int | None, typer.Option(min=2, help="Held-out prompts of each kind (default: all)")]

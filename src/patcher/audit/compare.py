@@ -189,7 +189,9 @@ def _corrected(
 def _mean_row(name: str, values: Sequence[float], clusters: Clusters, *, as_ratio: bool = False) -> SummaryRow:
     """A mean with its interval; `as_ratio`, the factor exp(mean) that a mean change in nats stands for."""
     if len(values) < 2:
-        return SummaryRow(name=name, before=None, after=None, low=None, high=None, n=len(values), unscored="no answers")
+        return SummaryRow(
+            name=name, before=None, after=None, low=None, high=None, n=len(values), unscored="fewer than 2 values"
+        )
     clusters = clusters or range(len(values))
     mean, low, high = mean_interval(values, design_effect(values, clusters))
     before = 0.0

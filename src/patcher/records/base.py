@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -40,10 +41,18 @@ def why(error: ValidationError) -> str:
 
 
 def with_changes(settings: Callable[..., Settings], changes: Mapping[str, Any], owner: str) -> Settings:
-    """The settings with those changes. Raises UsageError for a name, saying which there are, or a value not taken."""
+    """The settings with those changes.
+
+    Raises:
+        UsageError: an unknown name (it says which there are), a value that is not taken, or one that JSON cannot hold.
+    """
     known = getattr(settings, "model_fields", changes)
     if unknown := [name for name in changes if name not in known]:
         raise UsageError(f"{owner} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    if endless := [name for name, value in changes.items() if isinstance(value, float) and not isfinite(value)]:
+        raise UsageError(
+            f"{owner}: {endless[0]}: expected a finite number, got {changes[endless[0]]}; take a large one"
+        )
     try:
         return settings(**changes)
     except ValidationError as error:
