@@ -9,9 +9,11 @@ import torch
 from patcher.audit import AuditPlan, AuditSettings
 from patcher.bench.cells import planted_trigger
 from patcher.loading import DEMO, demo_adapter, load
+from patcher.memory import PeakMemory
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import load_patch
 from patcher.pipeline import repair
+from patcher.plan import plan
 from patcher.prompts import load_prompts
 from patcher.proof import audit_patch
 from patcher.records import Audit, FailureReport
@@ -28,10 +30,17 @@ def backdoored() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def made(backdoored: LanguageModel) -> Repair:
+def measured(backdoored: LanguageModel) -> tuple[Repair, PeakMemory]:
     failure = (demo_adapter() / "failure.json").read_text(encoding="utf-8")
     settings = RepairSettings(audit=AuditSettings(max_prompts=8, late_prompts=2, drift_prompts=8, text_tokens=500))
-    return repair(backdoored, FailureReport.model_validate_json(failure), settings)
+    with PeakMemory(backdoored.device) as peak:
+        made = repair(backdoored, FailureReport.model_validate_json(failure), settings)
+    return made, peak
+
+
+@pytest.fixture(scope="module")
+def made(measured: tuple[Repair, PeakMemory]) -> Repair:
+    return measured[0]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,15 @@ def test_the_drift_is_within_its_limits(audited: Audit) -> None:
     perplexity = audited.row("perplexity_ratio").after
     assert kl is not None and 0 < kl <= 0.03
     assert perplexity is not None and abs(perplexity - 1) <= 0.02
+
+
+def test_a_dry_run_tells_the_memory_that_the_repair_took(
+    backdoored: LanguageModel, measured: tuple[Repair, PeakMemory]
+) -> None:
+    told, took = plan(backdoored, load_prompts(), RepairSettings()).memory_gib, measured[1].gib
+    if took is None:
+        pytest.skip("no peak can be measured here")
+    assert told == pytest.approx(took, rel=0.3)
 
 
 def test_the_output_is_whole_and_the_input_untouched(backdoored: LanguageModel, made: Repair, tmp_path: Path) -> None:

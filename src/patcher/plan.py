@@ -1,26 +1,33 @@
-"""What a repair will cost, before it starts: steps, memory and time, from one timed batch on this machine."""
+"""What a repair will cost, before it starts: steps, memory and time, from a batch and a training step done here."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from patcher.audit import AuditSettings
 from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import find_defense
 from patcher.defenses.chain import ChainSettings
-from patcher.lora import target_layers
+from patcher.forward import row_logits
+from patcher.lora import trainable_lora
+from patcher.losses import response_nll
+from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.network import response_hidden
 from patcher.prompts import Prompts
 from patcher.records import Record
 from patcher.result import RepairSettings
+from patcher.training import fit
 
-_ADAMW_BYTES = 16
-"""Weight, gradient and two moments of each trained parameter, in float32."""
+_MEMORY_RATIO = 1.3
+"""A whole repair's peak against that of one training step (docs/speed.md: 4.9 against 3.8 GiB)."""
 _LOCALIZE_FORWARDS = 200
 """Prompts that pass through the model in a typical localization and verdict."""
+_ANSWER_TOKENS = 16
+"""Of the rows that are timed."""
 
 
 class Plan(Record):
@@ -31,56 +38,59 @@ class Plan(Record):
     sequences: int
     audit_answers: int
     tokens_per_s: float
+    """Forward."""
+    step_s: float
+    """A training step of as many sequences as the repair's."""
     minutes_at_most: float
-    memory_gib: float
+    memory_gib: float | None
+    """None where no peak can be measured: neither Linux nor a GPU."""
 
     def as_text(self) -> str:
         """For people."""
         minutes = f"about {self.minutes_at_most:.0f} min" if self.minutes_at_most >= 1 else "under a minute"
+        memory = "cannot be measured here" if self.memory_gib is None else f"about {self.memory_gib:.1f} GiB"
         return (
             f"stages: {' -> '.join(self.stages)}\n"
-            f"patching: at most {self.max_steps} steps; with what comes before them {self.sequences} sequences\n"
+            f"patching: at most {self.max_steps} steps, {self.sequences} sequences in all\n"
             f"audit: {self.audit_answers} answers, before and after\n"
-            f"time: {minutes} at most ({self.tokens_per_s:.0f} tokens/s forward here)\n"
-            f"memory: about {self.memory_gib:.1f} GiB"
+            f"time: {minutes} at most ({self.tokens_per_s:.0f} tokens/s forward, {self.step_s:.1f} s a step here)\n"
+            f"memory: {memory}"
         )
 
 
 def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: int = 1) -> Plan:
-    """Time one batch and add up. Raises UsageError for an unknown defense."""
+    """Time a batch and a training step, and add up. Raises UsageError for an unknown defense."""
     own = find_defense(settings.defense).configured(settings.overrides)
-    texts = prompts.texts("benign", "repair", 16)
-    rate, width = _measure(lm, texts)
     chained = own.parts.items() if isinstance(own, ChainSettings) else ()
     parts: list[Any] = [find_defense(name).configured(part) for name, part in chained] or [own]
     steps, sequences = sum(part.max_steps for part in parts), sum(part.sequences for part in parts)
+    most = max(-(-part.sequences // part.max_steps) for part in parts)
+    texts = prompts.texts("benign", "repair", most)
+    rows = [Row(user_prompt(lm.tokenizer, text).ids, (0,) * _ANSWER_TOKENS) for text in texts]
+    rate, width = _forward_rate(lm, rows)
+    step_s, peak_gib = _training_step(lm, rows, max(part.rank for part in parts))
     sizes = [
         len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
     ]
     answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts + settings.audit.worded_prompts
     references = 2 * max(part.max_prompts for part in parts)
-    forward = width * (_LOCALIZE_FORWARDS * reports + references + 3 * sequences)
+    forward = width * (_LOCALIZE_FORWARDS * reports + references)
     audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in lm.network.parameters())
-    trained = _lora_parameters(lm, max(part.rank for part in parts)) * _ADAMW_BYTES
-    hidden = int(lm.network.config.hidden_size)
-    layers = int(lm.network.config.num_hidden_layers)
-    activations = sequences / steps * width * (34 * hidden * layers + 2 * 4 * int(lm.network.config.vocab_size) // 3)
     return Plan(
         stages=(*(("localize", "decide") if reports else ()), "patch", "audit", "report"),
         max_steps=steps,
         sequences=sequences,
         audit_answers=answers,
         tokens_per_s=rate,
-        minutes_at_most=(forward + audit) / rate / 60,
-        memory_gib=(parameters + trained + activations) / 2**30,
+        step_s=step_s,
+        minutes_at_most=((forward + audit) / rate + step_s / len(rows) * sequences) / 60,
+        memory_gib=None if peak_gib is None else _MEMORY_RATIO * peak_gib,
     )
 
 
-def _measure(lm: LanguageModel, texts: list[str]) -> tuple[float, int]:
+def _forward_rate(lm: LanguageModel, rows: list[Row]) -> tuple[float, int]:
     """Forward tokens a second, and a usual sequence's length."""
-    rows = [Row(user_prompt(lm.tokenizer, text).ids, (0,) * 24) for text in texts]
-    batch = collate(rows, 0, lm.device)
+    batch = collate(rows[:16], 0, lm.device)
     with torch.no_grad():
         response_hidden(lm.network, batch)
         start = time.perf_counter()
@@ -89,15 +99,29 @@ def _measure(lm: LanguageModel, texts: list[str]) -> tuple[float, int]:
     return batch.tokens / seconds, batch.tokens // batch.rows
 
 
+def _training_step(lm: LanguageModel, rows: list[Row], rank: int) -> tuple[float, float | None]:
+    """Seconds of a LoRA step on these rows, and the process's peak in it; the first step of two only warms up."""
+
+    def loss_at(_step: int) -> Tensor:
+        starts.append(time.perf_counter())
+        return response_nll(*row_logits(lm, rows)).mean()
+
+    starts = list[float]()
+    with PeakMemory(lm.device) as peak, trainable_lora(lm, rank=rank, alpha=rank, seed=0):
+        fit(lm, loss_at, _TwoSteps())
+    return time.perf_counter() - starts[-1], peak.gib
+
+
+@dataclass
+class _TwoSteps:
+    """An optimization that does nothing but take them."""
+
+    learning_rate: float = 0.0
+    max_steps: int = 2
+    warmup_steps: int = 0
+    cosine: bool = False
+
+
 def _generated(settings: AuditSettings) -> int:
     """Decoding passes tokens one by one, at about half the rate of a prompt's."""
     return 2 * settings.max_new_tokens
-
-
-def _lora_parameters(lm: LanguageModel, rank: int) -> int:
-    """A weight's own shape says nothing in 4 bits: it is packed."""
-    layers: list[Any] = list(target_layers(lm.network).values())
-    return sum(
-        rank * (layer.in_features + layer.out_features if isinstance(layer, nn.Linear) else sum(layer.weight.shape))
-        for layer in layers
-    )
