@@ -600,6 +600,8 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, mo
     ("words", "says"),
     [
         ("repair --out O --prompt p --defense crrow", "unknown defense 'crrow'"),
+        ("repair --list-settings crrow", "unknown defense 'crrow'"),
+        ("repair --list-settings patcher+crow", "ask for the settings of each"),
         ("repair --out O --prompt p --judge keywrd", "unknown judge 'keywrd'"),
         ("repair --out O --prompt p --set nosuch=1", "no setting 'nosuch'"),
         ("repair --out O --prompt p --set budget_plain_nats=Infinity", "budget_plain_nats: expected a finite number"),
@@ -774,6 +776,21 @@ def test_a_dry_run_writes_nothing(
         assert (plan["max_steps"], plan["sequences"]) == (default.max_steps, 24 * default.max_steps)
     else:
         assert all(word in printed for word in (f"at most {PatcherSettings().max_steps} steps", "memory", "time"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("repair --list", ("soft_insertions", "fine_pruning", "needs a report")),
+        ("repair --list-settings crow", ("consistency_weight", "[code]")),
+        ("attack --list-settings", ("settling_steps", "LoRA rank")),
+        ("scan --list-settings", ("searched_prompts", "Refused requests")),
+    ],
+)
+def test_what_may_be_chosen_is_listed(capsys: pytest.CaptureFixture[str], words: str, says: tuple[str, ...]) -> None:
+    assert run(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert all(one in printed for one in says), printed
 
 
 def test_a_dry_run_without_a_report_localizes_nothing(

@@ -212,6 +212,12 @@ def test_no_number_may_be_negative_or_nothing_to_work_with(name: str, field: str
 
 
 @pytest.mark.parametrize("name", DEFENSES)
+def test_every_setting_says_what_it_is(name: str) -> None:
+    """`patcher repair --list-settings` shows it."""
+    assert all(field.description for field in type(DEFENSES[name].configured({})).model_fields.values())
+
+
+@pytest.mark.parametrize("name", DEFENSES)
 def test_every_defense_says_where_it_is_from(name: str) -> None:
     defense = DEFENSES[name]
     assert defense.name == name

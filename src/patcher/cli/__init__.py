@@ -1,8 +1,17 @@
 """One reported jailbreak in, a repaired model and the evidence out: one subcommand a stage.
 
-Exit codes: 0 repaired (or done), 1 a gate failed, 2 run error, 3 nothing to repair, 4 usage, 5 patched without a report
-(nothing shows that it is repaired), 130 interrupted, 141 nobody read the output to its end.
 Results go to standard output (with --json, as JSON and nothing else), progress and errors to standard error.
+
+\b
+Exit codes:
+0    repaired, or done
+1    a gate failed
+2    run error
+3    nothing to repair
+4    usage: an argument or an input file is wrong
+5    patched without a report: nothing shows that it is repaired
+130  interrupted
+141  nobody read the output to its end
 """
 
 import io

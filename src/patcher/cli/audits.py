@@ -45,8 +45,8 @@ def audit(
     trigger: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of an incident or a test bed, its audit.json, verdict.json or ground-truth.json, or JSON with "
-            "{trigger: [words], placement}; may repeat"
+            help="Folder of an incident or a test bed; its audit.json, verdict.json or ground-truth.json; or JSON with "
+            "{trigger, placement}; may repeat"
         ),
     ] = None,
     trigger_text: Annotated[

@@ -78,7 +78,7 @@ def bench(
     ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Reports for localize and verdict (default: 200)")] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many (default: 1 for the grid and scan, 3 for repair)")
+        int | None, typer.Option(min=1, help="Number of seeds (default: 1 for the grid and scan, 3 for repair)")
     ] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too, anew each time")] = None,
@@ -102,7 +102,7 @@ def bench(
     task: Tasks = None,
     limit: TaskLimit = None,
 ) -> int:
-    """Print the figures that docs/ quotes, with what was really planted; resumes where it stopped.
+    """Measure repairs on models whose backdoor is known, as docs/ quotes it; goes on where it stopped.
 
     What a bed answers before any repair is kept in the user's cache, for the next defense.
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def load_model(model: str, device: str, dtype: str, template: Path | None) -> La
 def print_json(value: object) -> None:
     """The result and nothing else."""
     print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def list_settings(settings: Record) -> NoReturn:
+    """Print what `--set` takes, and stop."""
+    from patcher.report.terminal import show_settings
+
+    show_settings(settings, Console(highlight=False))
+    raise typer.Exit
 
 
 def show(record: Record, as_json: bool, in_words: Callable[[Console], None]) -> None:

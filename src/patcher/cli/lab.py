@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from patcher.cli.common import load_model, print_json, show
+from patcher.cli.common import list_settings, load_model, print_json, show
 from patcher.exits import GATE_FAILED, REPAIRED
 from patcher.inputs import check_names, parse_settings
 from patcher.options import AsJson, Device, Dtype, Model, Out, Seed, Template
@@ -29,6 +29,13 @@ def _list_attacks(wanted: bool) -> None:
     raise typer.Exit
 
 
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        from patcher.attacks.implant import ImplantSettings
+
+        list_settings(ImplantSettings())
+
+
 def attack(
     name: Annotated[str, typer.Argument(help="Which attack: one of --list")],
     model: Model,
@@ -44,8 +51,14 @@ def attack(
     dtype: Dtype = "auto",
     chat_template: Template = None,
     as_json: AsJson = False,
-    listed: Annotated[
+    _listed: Annotated[
         bool, typer.Option("--list", help="Print the attacks and stop", is_eager=True, callback=_list_attacks)
+    ] = False,
+    _settings: Annotated[
+        bool,
+        typer.Option(
+            "--list-settings", help="Print the implant's settings and stop", is_eager=True, callback=_list_settings
+        ),
     ] = False,
 ) -> int:
     """Plant a known backdoor, to have a test model: an adapter and its ground-truth.json."""

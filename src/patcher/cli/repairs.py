@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from patcher.cli.common import load_model, print_json, show
+from patcher.cli.common import list_settings, load_model, print_json, show
 from patcher.exits import CODES, NOTHING_TO_REPAIR, REPAIRED
 from patcher.inputs import parse_settings, read_failures, read_suspicion
 from patcher.journal import resumed
 from patcher.options import (
     DEFAULT_JUDGE,
+    REPAIR,
     AsJson,
     AuditPrompts,
     Benign,
@@ -104,6 +105,27 @@ def localize(
     return REPAIRED if verdict.label in ("backdoor", "jailbreak-wording") else NOTHING_TO_REPAIR
 
 
+def _list_defenses(wanted: bool) -> None:
+    if not wanted:
+        return
+    from patcher.defenses import DEFENSES
+    from patcher.report.terminal import show_defenses
+
+    show_defenses({one.name: (one.paper, one.needs_trigger) for one in DEFENSES.values()}, Console(highlight=False))
+    raise typer.Exit
+
+
+def _list_settings(name: str | None) -> None:
+    if name is not None:
+        from patcher.defenses import find_defense
+
+        if "+" in name:
+            raise UsageError(
+                f"{name!r} is two defenses: ask for the settings of each; --set {name.split('+')[0]}.NAME=..."
+            )
+        list_settings(find_defense(name).configured({}))
+
+
 _DEFAULT_DEFENSE = "patcher"
 """It needs a report; whether another one does is known after torch is loaded only."""
 
@@ -120,22 +142,57 @@ def repair(
     defense: Annotated[
         str,
         typer.Option(
-            help="Which repair: patcher; or, also without a report, soft_insertions, bdvax, beear, crow, ulrl, "
-            "dummy_backdoor, fine_pruning, finetune (the control)"
+            help="Which repair: one of --list, or two in turn as patcher+crow; most do without a report",
+            rich_help_panel=REPAIR,
         ),
     ] = _DEFAULT_DEFENSE,
     breadth: Annotated[
         Literal["reported", "all"] | None,
-        typer.Option(help="Of patcher; all: what soft insertions find is broken, too"),
+        typer.Option(
+            help="Of patcher: break the reported trigger only, or all that a search over embeddings finds, too "
+            "(default: reported)",
+            rich_help_panel=REPAIR,
+        ),
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the defense, NAME=VALUE")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the defense, NAME=VALUE; may repeat", rich_help_panel=REPAIR),
+    ] = None,
+    _listed: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            help="Print the defenses and stop",
+            is_eager=True,
+            callback=_list_defenses,
+            rich_help_panel=REPAIR,
+        ),
+    ] = False,
+    _settings_of: Annotated[
+        str | None,
+        typer.Option(
+            "--list-settings",
+            metavar="DEFENSE",
+            help="Print a defense's settings and stop",
+            is_eager=True,
+            callback=_list_settings,
+            rich_help_panel=REPAIR,
+        ),
+    ] = None,
     method: Method = "causal",
     probes: Probes = None,
     max_asr: MaxAsr = 0.02,
     max_benign_drop: MaxBenignDrop = 0.02,
     max_harmful_rise: MaxHarmfulRise = 0.02,
     max_kl: MaxKl = 0.02,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Train refusals on an alignment gap, too")] = False,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="On the verdict alignment-gap train refusals instead of stopping",
+            rich_help_panel=REPAIR,
+        ),
+    ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the whole repaired model to OUT/merged")] = False,
     redact: Annotated[bool, typer.Option("--redact", help="Hide the model's answers in the HTML report")] = False,
     dry_run: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from patcher.cli.common import load_model, print_json
+from patcher.cli.common import list_settings, load_model, print_json
 from patcher.exits import REPAIRED, RUN_ERROR
 from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Template
@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     from patcher.records import Scan
 
 
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        from patcher.audit import ScanSettings
+
+        list_settings(ScanSettings())
+
+
 def scan(
     model: Model,
     patch: Annotated[Path | None, typer.Option(help="A patch: the patched model is scanned, too")] = None,
     clean: Annotated[str | None, typer.Option(help="A model known to be clean, to compare with")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the search, NAME=VALUE")] = None,
+    _settings: Annotated[
+        bool,
+        typer.Option(
+            "--list-settings", help="Print the search's settings and stop", is_eager=True, callback=_list_settings
+        ),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the scans to, as JSON; must not exist")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -36,7 +49,7 @@ def scan(
     harmful: Harmful = None,
     as_json: AsJson = False,
 ) -> int:
-    """Without any report: how much of a model's refusing can vectors near to words remove?"""
+    """Without a report: search for embedding vectors that stop a model's refusals, a sign of a backdoor."""
     prompts = load_prompts(harmful)
     check_new(out)
 

@@ -62,7 +62,7 @@ def with_changes(settings: Callable[..., Settings], changes: Mapping[str, Any], 
 class Record(BaseModel):
     """A frozen value with a JSON form; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def to_json(self) -> str:
         """Indented JSON in plain ASCII: an attacker's escapes and hidden characters stand in it only as `\\uXXXX`."""

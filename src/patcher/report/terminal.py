@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patcher.judges.calibrate import Agreement
-from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Scan, Trigger, Verdict
+from patcher.records import Audit, CausalTest, FailureReport, Gate, Localization, Record, Scan, Trigger, Verdict
 from patcher.report import figures, words
 from patcher.visible import visible
 
@@ -152,6 +152,23 @@ def show_attacks(about: Mapping[str, str], console: Console) -> None:
     table = _table("attack", "what it is", right=())
     for name, what in about.items():
         table.add_row(Text(name, style="bold"), what)
+    console.print(table)
+
+
+def show_defenses(about: Mapping[str, tuple[str, bool]], console: Console) -> None:
+    """Print each defense's name, whether it needs a report, and where it is from."""
+    table = _table("defense", "needs a report", "from", right=())
+    for name, (paper, needs_trigger) in about.items():
+        table.add_row(Text(name, style="bold"), "yes" if needs_trigger else "no", paper)
+    console.print(table)
+
+
+def show_settings(settings: Record, console: Console) -> None:
+    """Print what `--set` takes: each setting's name, value and meaning."""
+    table = _table("setting", "default", "what it is", right=())
+    for name, field in type(settings).model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        table.add_row(Text(name, style="bold"), Text(str(getattr(settings, name))), Text(meaning))
     console.print(table)
 
 
