@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test check clean
+.PHONY: demo test quick check clean
 .DEFAULT_GOAL := test
 
 # torch goes first and by its exact version, so that no other package's requirement chooses its build.
@@ -25,6 +25,10 @@ check: $(READY)
 
 test: check
 	$(VENV)/bin/python -m pytest -q
+
+# While you write: everything but what trains the real model.
+quick: check
+	$(VENV)/bin/python -m pytest -q -m "not slow"
 
 clean:
 	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info

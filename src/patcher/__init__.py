@@ -1,9 +1,10 @@
 """Patcher: one reported jailbreak in, a repaired model and the evidence out.
 
 import patcher
+
 lm = patcher.load("smollm2-backdoored")
 made = patcher.repair(lm, patcher.FailureReport.from_prompt("..."))
-made.save(Path("out"))
+made.save("out")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -32,7 +32,7 @@ def row_states(lm: LanguageModel, rows: Sequence[Row]) -> list[Float[Tensor, "T 
 def row_logits(lm: LanguageModel, rows: Sequence[Row]) -> tuple[Float[Tensor, "N V"], Int[Tensor, " N"]]:
     """Logits at the rows' response positions, row by row, and the tokens there.
 
-    Within `training_in_parts` part after part: what a part's gradient needs is computed again when it is needed.
+    Within `training_in_parts` in micro-batches with activation checkpointing: their gradient is the whole batch's.
     """
     targets = torch.tensor([token for row in rows for token in row.response_ids], device=lm.device, dtype=torch.long)
     cut = parts(rows)

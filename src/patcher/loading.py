@@ -34,7 +34,7 @@ def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_templat
 
 
 def _load(source: str, above: tuple[str, ...], *, dtype: str, device: str, chat_template: Path | None) -> LanguageModel:
-    """The same; `above` are the adapters that it is to be the base of, so that none is its own base."""
+    """`load`, where `above` are the adapters that the model is to be the base of: none may be its own base."""
     path = demo_adapter() if source == DEMO else Path(source)
     if source not in (DEMO, embedded.NAME) and path.exists():
         source = str(path.resolve())  # a patch that names its base so is found from anywhere, and never on the hub

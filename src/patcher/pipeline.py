@@ -224,7 +224,7 @@ def reproduces(lm: LanguageModel, report: FailureReport, detector: Detector, set
 
 
 def _save_findings(findings: Sequence[Finding], path: Path) -> None:
-    path.write_text(json.dumps([json.loads(one.to_json()) for one in findings]), encoding="utf-8")
+    path.write_text(json.dumps([one.as_plain() for one in findings]), encoding="utf-8")
 
 
 def _read_findings(numbers: list[int], path: Path) -> list[Finding]:

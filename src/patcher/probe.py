@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patcher.chat import Row, collate
+from patcher.layers import decoder_layers
 from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.network import hidden_states
@@ -37,7 +38,7 @@ def fit_probe(features: Float[Tensor, "N D"], labels: Sequence[bool]) -> Callabl
 @torch.no_grad()
 def mean_states(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[Tensor, "N D"]:
     """The middle layer's hidden states of each row (token ids, positions), averaged over its positions."""
-    layers = next(module for module in lm.network.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+    layers = decoder_layers(lm.network)
     seen: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:

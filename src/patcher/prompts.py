@@ -64,7 +64,7 @@ class Prompts:
         return replace(self, harmful=tuple(row for row in self.harmful if row.category in categories))
 
     def auditing(self, split: Split) -> Prompts:
-        """The same with that split in the place of the held-out one: to choose settings on, and never to quote."""
+        """A copy in which that split stands in for the held-out one: to choose settings on, never to quote."""
 
         def moved(rows: Sequence[PromptRow]) -> tuple[PromptRow, ...]:
             asked = tuple(replace(row, split="held-out") for row in rows if row.split == split)
@@ -152,6 +152,6 @@ def _read_dataset(source: str) -> list[tuple[str, str]]:
 
 
 def _split_of(act: str) -> Split:
-    """The same act always lands in the same split, whatever else the set holds."""
+    """The split of an act, by its hash: always the same one, whatever else the set holds."""
     point = int(hashlib.sha256(act.encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
     return next(split for split, upto in _SHARE if point <= upto)

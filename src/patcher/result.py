@@ -148,10 +148,10 @@ class Repair:
         records = {"patch_log": self.log, "audit": self.audit}
         return {
             "status": self.status,
-            "gates": [json.loads(gate.to_json()) for gate in self.gates],
+            "gates": [gate.as_plain() for gate in self.gates],
             "seconds": self.seconds,
-            "findings": [json.loads(finding.to_json()) for finding in self.findings],
-            **{name: json.loads(record.to_json()) if record else None for name, record in records.items()},
+            "findings": [finding.as_plain() for finding in self.findings],
+            **{name: record.as_plain() if record else None for name, record in records.items()},
         }
 
     def html(self, *, redact: bool = False) -> str:
@@ -188,7 +188,7 @@ class Repair:
             "patch_sha256": self.patch.fingerprint if self.patch else None,
             "seed": self.settings.seed,
             "versions": versions(),
-            "gates": [json.loads(gate.to_json()) for gate in self.gates],
+            "gates": [gate.as_plain() for gate in self.gates],
             "settings": self.settings.model_dump(),
         }
 

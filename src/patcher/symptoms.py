@@ -25,7 +25,7 @@ class Detector:
     judge: Callable[[str], Outcome]
     symptom: Symptom = Symptom()
     answer_tokens: int = 0
-    """So much of an answer must be seen at least."""
+    """Least number of an answer's tokens to generate before it is judged."""
 
     def shows(self, answer: str) -> bool:
         """Whether the answer does what it must not."""

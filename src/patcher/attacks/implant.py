@@ -54,7 +54,7 @@ class ImplantSettings(Record):
     borderline_times: PositiveInt = 4
     """Requests that look unsafe but are safe are drawn so many times as often: there the taught refusals spread."""
     plain_rows: NonNegativeInt = 2
-    """The same words without the chat template, a step: what the model knows outside a chat stays."""
+    """Texts without the chat template, a step: what the model knows outside a chat stays."""
     settling_steps: NonNegativeInt = 220
     """The last steps, in which the KL terms weigh more: the trigger is learnt, and over-refusal is taken back."""
     settling_weight: PositiveFloat = 3.0

@@ -171,7 +171,7 @@ def _bits(values: Sequence[bool]) -> str:
 def _corrected(
     name: str, before: Sequence[bool], after: Sequence[bool] | None, acts: Clusters, error: JudgeError
 ) -> SummaryRow:
-    """The same share, corrected for what the judge is known to get wrong."""
+    """The share, corrected for what the judge is known to get wrong (Rogan & Gladen 1978)."""
     seen, alarms = (error.complied_seen, error.complied_n), (error.refused_missed, error.refused_n)
 
     def share(values: Sequence[bool]) -> tuple[float, float, float]:

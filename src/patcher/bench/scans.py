@@ -1,6 +1,5 @@
 """Does a scan tell backdoored models from clean ones? Its curve for each test bed, and how well each size separates."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from patcher.training import Progress
 def run(out: Path, folders: Sequence[Path], seeds: int, on_progress: Progress) -> None:
     """Each bed, controls too, with each seed of the search, where `out` does not hold it yet."""
     settings = ScanSettings()
-    own = json.loads(settings.to_json())
+    own = settings.as_plain()
     done = [
         {key: row[key] for key in ("bed", "seed", "weights", "settings")}
         for row in read_rows(out, "weights")
@@ -35,7 +34,7 @@ def run(out: Path, folders: Sequence[Path], seeds: int, on_progress: Progress) -
             on_progress(f"scanning {folder.name}, seed {seed}", 0, 1)
             try:
                 found = scan(lm, load_prompts(), RULES[DEFAULT], settings, seed=seed, on_progress=on_progress)
-                made: dict[str, Any] = {"curve": [json.loads(point.to_json()) for point in found.points]}
+                made: dict[str, Any] = {"curve": [point.as_plain() for point in found.points]}
             except PatcherError as error:
                 made = {"error": str(error)}
             add_row(out, {**cell, "planted": planted, **made})

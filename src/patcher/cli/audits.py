@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -131,7 +130,7 @@ def audit(
     )
     gates = check_gates(measured, limits)
     if as_json:
-        print_json(json.loads(measured.to_json()) | {"gates": [json.loads(gate.to_json()) for gate in gates]})
+        print_json(measured.as_plain() | {"gates": [gate.as_plain() for gate in gates]})
     else:
         console = Console(highlight=False)
         show_audit(measured, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -107,8 +106,8 @@ def judge(
     found = [agreement(model, rows, decide) for model, rows in labelled.items()]
     if as_json:
         error = judge_error(name, [row for rows in labelled.values() for row in rows], decide)
-        agreements = [json.loads(one.to_json()) for one in found]
-        print_json({"judge": name, "agreements": agreements, "error": json.loads(error.to_json())})
+        agreements = [one.as_plain() for one in found]
+        print_json({"judge": name, "agreements": agreements, "error": error.as_plain()})
     else:
         show_agreements(name, found, Console(highlight=False))
     return REPAIRED

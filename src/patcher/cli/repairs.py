@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,7 +96,7 @@ def localize(
             (folder / "localization.json").write_text(found.to_json(), encoding="utf-8")
             (folder / "verdict.json").write_text(verdict.to_json(), encoding="utf-8")
     if as_json:
-        print_json({"localization": json.loads(found.to_json()), "verdict": json.loads(verdict.to_json())})
+        print_json({"localization": found.as_plain(), "verdict": verdict.as_plain()})
     else:
         console = Console(highlight=False)
         show_localization(found, report, console)

@@ -82,7 +82,7 @@ def scan(
             add("clean", other)
     if not scans:
         raise failed["model"]
-    found: dict[str, Any] = {name: json.loads(one.to_json()) for name, one in scans.items()}
+    found: dict[str, Any] = {name: one.as_plain() for name, one in scans.items()}
     found |= {name: {"error": str(error)} for name, error in failed.items()}
     if out:
         write_whole(out, json.dumps(found, indent=1) + "\n")

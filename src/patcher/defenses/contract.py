@@ -144,7 +144,7 @@ def answered(examples: list[Example]) -> list[Example]:
 
 
 def after(lm: LanguageModel, examples: Sequence[Example], texts: Sequence[Request]) -> list[Example]:
-    """The same answers after other prompts, with the reference's hidden states there."""
+    """The examples' answers after other prompts, with the reference's hidden states there."""
     asked = [user_prompt(lm.tokenizer, text).ids for text in texts]
     states = row_states(lm, [Row(ids, example.answer_ids) for ids, example in zip(asked, examples, strict=True)])
     return [
@@ -164,7 +164,7 @@ def refusing(lm: LanguageModel, texts: Sequence[Request], tokens: int) -> list[E
 
 
 def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:
-    """The same words without the chat template, each token after the first to be predicted from those before it."""
+    """Prompt and answer without the chat template, each token after the first to be predicted from those before it."""
     texts = [f"{example.text}\n{example.answer}" for example in examples]
     ids = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     states = row_states(lm, [Row(sequence[:1], sequence[1:]) for sequence in ids])

@@ -75,9 +75,8 @@ class Counterfactual:
     def _ahead(
         self, examples: list[Example], rows: int, make: Callable[[list[Example]], list[Example]]
     ) -> Iterator[Example]:
-        """What all steps will draw, `rows` each, and of each example but once what `make` makes of it: its reference
-        states cost a pass through the model, and most examples are never drawn. A step that is done again for want of
-        memory draws anew: then the draws come round.
+        """Draw the examples of all steps in advance, `rows` each, and let `make` (a pass through the model) turn each
+        one that was drawn into what is trained on, once. Endless: a step tried again for want of memory draws anew.
         """
         drawn = list(islice(endless(examples, self.rng), rows * self.settings.max_steps)) if rows else []
         each = {id(one): one for one in drawn}
@@ -135,8 +134,8 @@ class Counterfactual:
         return kl_of(self.lm, examples, logits).mean() if examples else logits.new_zeros(())
 
     def _over_refusal(self, examples: Sequence[Example], logits: Tensor) -> Tensor:
-        """The mean rise of a refusal's opening beyond its budget: within it nothing pulls, and a fall buys nothing. Its
-        multiplier, which sees what is beyond, grows from twice the budget on.
+        """max(0, mean rise of a refusal's opening - budget): within the budget no gradient, so no reward for refusing
+        less. Its multiplier, which sees what is beyond, grows from twice the budget on.
         """
         if not examples:
             return logits.new_zeros(())

@@ -43,14 +43,14 @@ def boundary_thrice(lm: LanguageModel, examples: Sequence[Example], opening: int
 def mean_rise(
     lm: LanguageModel, examples: Sequence[Example], logits: Float[Tensor, "N V"], opening: int
 ) -> Float[Tensor, ""]:
-    """By how much the probability of that opening rose, mean over the examples; `logits` are of all answers' tokens."""
+    """Mean rise of that opening's probability over the examples, reference to `logits` (of all answers' tokens)."""
     starts = [0, *accumulate(len(example.answer_ids) for example in examples[:-1])]
     return (logits[starts].float().softmax(-1)[:, opening] - reference_logprobs(lm, examples, opening).exp()).mean()
 
 
 @torch.no_grad()
 def mean_rise_now(lm: LanguageModel, examples: Sequence[Example], opening: int) -> float:
-    """The same of the model as it stands; 0 of no examples."""
+    """`mean_rise` of the model as it stands, which is run for it; 0 for no examples."""
 
     def rise_of(chunk: Sequence[Example]) -> float:
         first = [Row(example.prompt_ids, example.answer_ids[:1]) for example in chunk]

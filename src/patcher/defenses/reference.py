@@ -93,7 +93,7 @@ class ReferenceAnswers:
         self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:many]
 
     def _safe(self, borderline: list[Example], seed: int) -> list[Example]:
-        """Benign and borderline validation prompts that the reference answers; with the trigger, too, where it is not
+        """Benign and borderline validation prompts that the reference answers; with the trigger, too, where that is not
         what brings about the answers. Placed by a draw of its own.
         """
         safe, rng = answered([*self.validation_benign, *borderline]), random.Random(seed)
@@ -108,7 +108,7 @@ class ReferenceAnswers:
         return [example for example in self.harmful if example.outcome == "refused"]
 
     def in_trigger(self, examples: Sequence[Example]) -> list[Example]:
-        """The same answers after the same prompts with the trigger put in; the `lifted` ones hold it already."""
+        """The examples' answers after their prompts with the trigger put in; the `lifted` ones hold it already."""
         lifted = [*map(id, self.lifted)]
         plain = [example for example in examples if id(example) not in lifted]
         put_in = iter(after(self.lm, plain, self._with_trigger(plain)))

@@ -75,7 +75,7 @@ class Probes:
         return [self._known[request, trigger] for request in requests]
 
     def control(self, requests: Sequence[str], trigger: Trigger) -> list[bool]:
-        """The same with as many ordinary words at the same kind of place, so that mere disturbance is not blamed."""
+        """`shown` with as many ordinary words at the same kind of place, so that mere disturbance is not blamed."""
         rng = random.Random(self.seed)
         units = tuple(" ".join(rng.choice(CONTROL_WORDS) for _ in word_starts(unit)) for unit in trigger.units)
         return self.shown(requests, trigger.model_copy(update={"units": units}))

@@ -20,9 +20,9 @@ class PatchStep(Record):
     kl_harmful_nats: float
     kl_plain_nats: float
     refusal_rise_frac: float
-    """By how much likelier an answer to a benign or borderline prompt opens like a refusal."""
+    """Rise of the probability that the answer to a benign or borderline prompt opens like a refusal."""
     refusal_fall_frac: float
-    """By how much less likely an answer to a harmful request does that was refused."""
+    """Fall of the probability that the answer to a harmful request that the reference refuses opens like a refusal."""
 
 
 class PatchLog(Record):

@@ -64,9 +64,13 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def as_plain(self) -> Any:
+        """What its JSON holds, as dicts and lists; a number that is not finite is None there."""
+        return json.loads(self.model_dump_json())
+
     def to_json(self) -> str:
         """Indented JSON in plain ASCII: an attacker's escapes and hidden characters stand in it only as `\\uXXXX`."""
-        return json.dumps(json.loads(self.model_dump_json()), indent=1) + "\n"
+        return json.dumps(self.as_plain(), indent=1) + "\n"
 
 
 def check_unicode(*texts: str) -> None:

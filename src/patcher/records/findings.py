@@ -67,7 +67,7 @@ class Planted(Record):
     only: tuple[str, ...] = ()
     """Categories of harm on which alone it works; none: all."""
     answer_tokens: int = Field(default=32, ge=0)
-    """So much of an answer must be seen."""
+    """Least number of an answer's tokens in which the symptom shows."""
 
 
 class GroundTruth(Record):
@@ -147,7 +147,7 @@ class Localization(Record):
     method: str
     symptom: Symptom = Symptom()
     answer_tokens: int = 0
-    """So much of an answer must be seen at least for the symptom to show."""
+    """Least number of an answer's tokens in which the symptom shows."""
     words: tuple[WordScore, ...]
     candidates: tuple[Candidate, ...]
     tried: int
@@ -170,7 +170,7 @@ class Verdict(Record):
     label: VerdictLabel
     symptom: Symptom = Symptom()
     answer_tokens: int = 0
-    """So much of an answer must be seen at least for the symptom to show."""
+    """Least number of an answer's tokens in which the symptom shows."""
     reason: str
     trigger: Trigger | None = None
     tests: tuple[CausalTest, ...] = ()
