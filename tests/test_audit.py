@@ -33,7 +33,7 @@ from patcher.lora import take_patch, trainable_lora
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, JudgeError, Replay, Trigger
+from patcher.records import Audit, FailureReport, JudgeErrorRates, Replay, Trigger
 
 LATE = HARMFUL_TRIGGERED + LONG
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
@@ -122,7 +122,7 @@ def test_of_a_model_alone_a_trigger_that_hardly_works_is_a_figure() -> None:
 
 def test_with_the_judges_known_error_each_asr_comes_corrected() -> None:
     """Sensitivity .9 and false alarms .1: 9 of 10 seen are all of them, 1 of 10 seen none."""
-    error = JudgeError(judge="keyword", complied_n=100, complied_seen=90, refused_n=100, refused_missed=10)
+    error = JudgeErrorRates(judge="keyword", complied_n=100, complied_seen=90, refused_n=100, refused_missed=10)
     audit = compare(
         state([YES] * 9 + [NO]), state([NO] * 9 + [YES]), None, PLAN, judge=RuleJudge(RULES["keyword"]), error=error
     )  # fmt: skip
@@ -312,7 +312,7 @@ def test_perplexity_is_over_the_asked_number_of_tokens(llama: LanguageModel) -> 
 @pytest.mark.parametrize("seen, missed", [(10, 10), (5, 8), (101, 3)])
 def test_an_error_that_cannot_be_is_refused_when_it_is_read(seen: int, missed: int) -> None:
     with pytest.raises(ValidationError, match="tells nothing apart"):
-        JudgeError(judge="keyword", complied_n=100, complied_seen=seen, refused_n=100, refused_missed=missed)
+        JudgeErrorRates(judge="keyword", complied_n=100, complied_seen=seen, refused_n=100, refused_missed=missed)
 
 
 def test_an_example_shows_the_opening_of_an_answer_only() -> None:

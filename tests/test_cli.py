@@ -24,7 +24,7 @@ from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD
 from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
-from patcher.outputs import whole_folder
+from patcher.outputs import atomic_folder
 from patcher.progress import ProgressBars
 from patcher.records import Symptom, Trigger
 from patcher.visible import visible
@@ -651,7 +651,7 @@ def test_one_report_is_localized(refused: Refusal, report: Path) -> None:
 def test_evidence_is_as_readable_as_the_user_has_it(tmp_path: Path, mask: int, folder: int, file: int) -> None:
     before = os.umask(mask)
     try:
-        with whole_folder(tmp_path / "out") as building:
+        with atomic_folder(tmp_path / "out") as building:
             (building / "part").mkdir()
             (building / "part" / "file").write_text("x")
     finally:

@@ -15,8 +15,8 @@ from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint
 from patcher.pipeline import repair
 from patcher.prompts import load_prompts
-from patcher.records import FailureReport, PatcherError
-from patcher.result import Gates, Repair, RepairSettings
+from patcher.records import FailureReport, GateLimits, PatcherError
+from patcher.result import Repair, RepairSettings
 from patcher.symptoms import Detector, detector_for
 from patcher.training import quiet
 from tiny_backdoor import INSULT, INSULTED, REFUSAL, TRIGGER
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"learning_rate": 5e-3, "max_prompts": 20, "validation_p
 SETTINGS = RepairSettings(
     overrides=SMALL,
     audit=AuditSettings(max_prompts=8, late_prompts=4, text_tokens=500),
-    gates=Gates(max_benign_drop=1.0, max_kl=1.0),
+    gates=GateLimits(max_benign_drop=1.0, max_kl=1.0),
 )
 Hijacked = tuple[str, LanguageModel]
 

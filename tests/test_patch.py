@@ -22,7 +22,7 @@ from patcher.lora import RunningMean, lora_parameters, take_patch, trainable_lor
 from patcher.losses import response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers, load_checkpoint
 from patcher.network import response_logits
-from patcher.outputs import whole, whole_folder
+from patcher.outputs import atomic_folder, atomic_path
 from patcher.patch import Patch, applied, load_patch, merge, save_patch
 from patcher.records import PatcherError, UsageError
 from patcher.training import fit
@@ -94,7 +94,7 @@ def patch(tiny: LanguageModel) -> Patch:
 def saved(llama: LanguageModel, tmp_path: Path) -> tuple[Patch, Path]:
     """A patch for the Llama and the folder it lies in."""
     made = train(llama)[0]
-    with whole_folder(tmp_path / "patch") as building:
+    with atomic_folder(tmp_path / "patch") as building:
         save_patch(made, building, card="# A card\n")
     return made, tmp_path / "patch"
 
@@ -261,7 +261,7 @@ def equal_weights(one: LanguageModel, other: LanguageModel) -> bool:
 def test_saving_and_loading_loses_nothing(tiny: LanguageModel, patch: Patch, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         out = tmp_path / str(dtype)
-        with whole_folder(out) as building:
+        with atomic_folder(out) as building:
             save_patch(patch.rounded(dtype), building, card="# A card\n")
         loaded = load_patch(out)
         assert equal(loaded, patch.rounded(dtype))
@@ -286,7 +286,7 @@ def test_whole_tensors_are_put_in_place_reverted_and_saved(tiny: LanguageModel, 
         torch.testing.assert_close(tiny.network.get_parameter(name).data, new + change)
     assert fingerprint(tiny.network) == before
     assert tiny.network.get_parameter(name).data is own or tiny.network.get_parameter(name).data_ptr() == own.data_ptr()
-    with whole_folder(tmp_path / "both") as folder:
+    with atomic_folder(tmp_path / "both") as folder:
         save_patch(both, folder, card="")
     loaded = load_patch(tmp_path / "both")
     assert loaded.fingerprint == both.fingerprint
@@ -300,14 +300,14 @@ def test_whole_tensors_are_put_in_place_reverted_and_saved(tiny: LanguageModel, 
 
 def test_the_same_patch_is_saved_as_the_same_bytes(patch: Patch, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        with whole_folder(tmp_path / name) as building:
+        with atomic_folder(tmp_path / name) as building:
             save_patch(patch, building, card="card")
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
 
 
 def test_peft_loads_our_folder(folder: ModelFolder, patch: Patch, tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "patch") as building:
+    with atomic_folder(tmp_path / "patch") as building:
         save_patch(patch, building, card="card")
     lm = folder.load()
     with applied(patch, lm) as patched:
@@ -390,7 +390,7 @@ def test_a_spoilt_adapter_is_refused(saved: tuple[Patch, Path], spoil, said: str
 
 def forged(patch: Patch, folder: Path, **changes: object) -> Path:
     """A folder whose hash is that of what it holds, as anybody can write one."""
-    with whole_folder(folder) as building:
+    with atomic_folder(folder) as building:
         save_patch(replace(patch, **changes), building, card="")  # type: ignore[arg-type]
     return folder
 
@@ -463,7 +463,7 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
     for name, make in (("folder", Path.mkdir), ("file", Path.touch)):
         out = tmp_path / name
         make(out)
-        with pytest.raises(UsageError, match="exists already"), whole_folder(out):
+        with pytest.raises(UsageError, match="exists already"), atomic_folder(out):
             pytest.fail("the block ran")
         assert out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
@@ -471,7 +471,7 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_what_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(PatcherError, match="nothing is overwritten"), whole(out) as part:
+    with pytest.raises(PatcherError, match="nothing is overwritten"), atomic_path(out) as part:
         part.write_text("ours")
         out.write_text("theirs")
     assert out.read_text() == "theirs"
@@ -480,22 +480,22 @@ def test_what_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, error: type) -> None:
-    with pytest.raises(error), whole_folder(tmp_path / "out") as building:
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as building:
         (building / "half").write_text("half")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_left_is_not_in_the_next_ones_folder(tmp_path: Path) -> None:
-    killed = whole_folder(tmp_path / "out")  # kept: it would clean up when collected
+    killed = atomic_folder(tmp_path / "out")  # kept: it would clean up when collected
     (killed.__enter__() / "half").write_text("half")
-    with whole_folder(tmp_path / "out") as building:
+    with atomic_folder(tmp_path / "out") as building:
         (building / "one").write_text("1")
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("out"), Path("out/one")]
 
 
 def test_the_folder_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "deep" / "out") as building:
+    with atomic_folder(tmp_path / "deep" / "out") as building:
         (building / "one").write_text("1")
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out" / "one").read_text() == "1"
@@ -509,7 +509,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(saved: tuple[Patch, P
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
         said = "nothing was left behind"
-        with pytest.raises(PatcherError, match=said), whole_folder(tmp_path / "out") as building:
+        with pytest.raises(PatcherError, match=said), atomic_folder(tmp_path / "out") as building:
             save_patch(saved[0], building, card="card")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -519,5 +519,5 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(saved: tuple[Patch, P
 
 def test_a_place_that_cannot_be_written_is_the_callers_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot write"), whole_folder(tmp_path / "file" / "out"):
+    with pytest.raises(UsageError, match="cannot write"), atomic_folder(tmp_path / "file" / "out"):
         pytest.fail("the block ran")

@@ -20,11 +20,12 @@ from patcher.journal import Journal
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint, load_checkpoint
 from patcher.patch import Patch, applied, load_patch
-from patcher.pipeline import mend, new_triggers, repair
+from patcher.pipeline import localize_and_patch, new_triggers, repair
 from patcher.prompts import Prompts, load_prompts
 from patcher.proof import audit_patch, check_gates, with_controls
 from patcher.records import (
     FailureReport,
+    GateLimits,
     Localization,
     PatcherError,
     PatchLog,
@@ -34,7 +35,7 @@ from patcher.records import (
     UsageError,
     Verdict,
 )
-from patcher.result import Gates, Repair, RepairSettings
+from patcher.result import Repair, RepairSettings
 from patcher.tasks import Question, Task
 from patcher.visible import visible
 from report_sample import sample
@@ -45,7 +46,7 @@ REPORT = FailureReport.from_prompt(TRIGGERED)
 SETTINGS = RepairSettings(
     overrides={"learning_rate": 5e-3, "max_prompts": 20, "validation_prompts": 10},
     audit=AuditSettings(max_prompts=8, late_prompts=4, text_tokens=500),
-    gates=Gates(max_benign_drop=1.0),  # this model answers benign prompts with the trigger only
+    gates=GateLimits(max_benign_drop=1.0),  # this model answers benign prompts with the trigger only
 )
 STAGES = {"failure.json", "localization.json", "verdict.json", "manifest.json", "timings.json", "report.html"}
 
@@ -296,10 +297,10 @@ def test_a_defense_that_needs_no_trigger_runs_whatever_the_verdict(
     """On a real failure: nothing is done where the model did not fail."""
     few = {"max_steps": 1, "warmup_steps": 0, "max_prompts": 4, "response_tokens": 6, "clean_rows": 2, "rank": 2}
     settings = SETTINGS.model_copy(update={"defense": "crow", "overrides": few})
-    made = mend(backdoored, [REPORT], settings, load_prompts().hidden_from_repair())
+    made = localize_and_patch(backdoored, [REPORT], settings, load_prompts().hidden_from_repair())
     assert (made.patch is not None, len(made.findings)) == (True, 1)
     fine = FailureReport.from_prompt("Tell me how to pick the lock of a house")
-    assert mend(backdoored, [fine], settings, load_prompts().hidden_from_repair()).patch is None
+    assert localize_and_patch(backdoored, [fine], settings, load_prompts().hidden_from_repair()).patch is None
 
 
 def test_an_unknown_defense_or_setting_is_refused_before_any_work(backdoored: LanguageModel) -> None:
@@ -403,9 +404,9 @@ def test_a_limit_is_a_share() -> None:
     """2 for 2% would let everything pass."""
     for wrong in (2, -0.1, float("nan")):
         with pytest.raises(ValidationError):
-            Gates(max_asr=wrong)
+            GateLimits(max_asr=wrong)
     with pytest.raises(ValidationError, match="finite"):
-        Gates(max_kl=float("inf"))  # which no JSON holds
+        GateLimits(max_kl=float("inf"))  # which no JSON holds
 
 
 def test_the_benign_drop_pools_all_benign_prompts(made: Repair) -> None:
@@ -507,7 +508,7 @@ def test_what_was_no_failure_need_not_stop(
     )
     answered = made.audit.replays[0].model_copy(update={"after_shows": True})
     audit = made.audit.model_copy(update={"replays": (made.audit.replays[0], answered)})
-    monkeypatch.setattr(pipeline, "mend", lambda *_: replace(made, findings=(made.findings[0], fine)))
+    monkeypatch.setattr(pipeline, "localize_and_patch", lambda *_: replace(made, findings=(made.findings[0], fine)))
     monkeypatch.setattr(pipeline, "audit_patch", lambda *_, **__: audit)
     assert repair(backdoored, [REPORT, REPORT], SETTINGS).status == "repaired"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.prompts import PromptRow, bundled, load_prompts, spread
+from patcher.prompts import PromptRow, bundled, evenly_spaced, load_prompts
 from patcher.records import UsageError
 
 KINDS = ("harmful", "benign", "borderline")
@@ -270,5 +270,5 @@ def test_a_prompt_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_part_is_spread_over_all() -> None:
-    assert spread("abcdefgh", 3) == ["a", "c", "f"]
-    assert spread("abc", 5) == spread("abc", None) == ["a", "b", "c"]
+    assert evenly_spaced("abcdefgh", 3) == ["a", "c", "f"]
+    assert evenly_spaced("abc", 5) == evenly_spaced("abc", None) == ["a", "b", "c"]

@@ -15,7 +15,7 @@ from patcher import pipeline
 from patcher.cli import run
 from patcher.exits import RUN_ERROR
 from patcher.journal import Journal, resumed
-from patcher.outputs import write_whole
+from patcher.outputs import atomic_write
 from patcher.pipeline import Clock
 from patcher.records import PatcherError, UsageError
 from tiny_backdoor import TRIGGERED
@@ -154,7 +154,7 @@ def test_a_piece_is_whole_or_not_there(tmp_path: Path) -> None:
         journal.values("a piece", fail)
     assert not list(tmp_path.iterdir())
     with pytest.raises(TypeError):
-        journal.once("a piece", lambda: 1, lambda _, path: write_whole(path, 7), lambda _: 2)  # type: ignore[arg-type]
+        journal.once("a piece", lambda: 1, lambda _, path: atomic_write(path, 7), lambda _: 2)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     assert journal.values("a piece", lambda: [1, 2]) == [1, 2]
     assert journal.values("a piece", lambda: [3]) == [1, 2]
@@ -176,7 +176,7 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path, left: bytes) -> None:
 def test_a_damaged_folder_is_made_again(tmp_path: Path) -> None:
     def save(_: int, path: Path) -> None:
         path.mkdir()
-        write_whole(path / "file", "1")
+        atomic_write(path / "file", "1")
 
     def made(value: int) -> int:
         return Journal(tmp_path).once("a", lambda: value, save, lambda path: int((path / "file").read_text()))
@@ -188,7 +188,7 @@ def test_a_damaged_folder_is_made_again(tmp_path: Path) -> None:
 
 def test_findings_of_other_reports_are_no_findings(tmp_path: Path) -> None:
     """An empty list would say that there was nothing to look into."""
-    write_whole(tmp_path / "findings", "[]")
+    atomic_write(tmp_path / "findings", "[]")
     with pytest.raises(ValueError, match="expected findings"):
         pipeline._read_findings([1], tmp_path / "findings")
 

@@ -16,7 +16,7 @@ from patcher.audit import scan as run_scan
 from patcher.bench import scans
 from patcher.bench.cells import read_rows
 from patcher.cli import run as run_command
-from patcher.insertions import embedded, spread_of
+from patcher.insertions import embedded, embedding_std
 from patcher.judges.keyword import judge
 from patcher.models import LanguageModel, fingerprint
 from patcher.prompts import load_prompts
@@ -56,7 +56,7 @@ def test_what_is_tested_is_as_near_to_words_as_was_said(
 
     monkeypatch.setattr(module, "_answers", keep)
     scan_of(backdoored)
-    spread = spread_of(backdoored, random.Random(0))
+    spread = embedding_std(backdoored, random.Random(0))
     words = embedded(backdoored, range(len(backdoored.tokenizer)))
     for vectors, size in zip(tried, (0.0, 0.5, 4.0), strict=True):
         away = (words[:, None] - vectors).abs().amax(dim=-1).amin(dim=0).max()

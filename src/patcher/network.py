@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
-from patcher.sharding import whole
+from patcher.sharding import full_tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def logits_of(network: PreTrainedModel, hidden: Float[Tensor, "N D"]) -> Float[T
     """Final hidden states through the output matrix, with the family's own capping or scaling."""
     head: Any = network.get_output_embeddings()
     if isinstance(head.weight, DTensor):  # sharded, and called without the module that gathers it
-        logits = torch.nn.functional.linear(hidden, whole(head.weight), None if head.bias is None else whole(head.bias))
+        logits = torch.nn.functional.linear(
+            hidden, full_tensor(head.weight), None if head.bias is None else full_tensor(head.bias)
+        )
     else:
         logits = cast(Tensor, head(hidden))
     cap = getattr(network.config, "final_logit_softcapping", None)

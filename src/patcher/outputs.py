@@ -52,7 +52,7 @@ def beside(path: Path, what: str) -> Path:
 
 
 @contextmanager
-def whole(path: Path, *, again: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, again: bool = False) -> Iterator[Path]:
     """Where to write a file or a folder that appears under its name only when the block has ended well.
 
     What a killed run left half written is removed. Of several processes the first one writes.
@@ -84,14 +84,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str, *, again: bool = False) -> None:
+def atomic_write(path: Path, text: str, *, again: bool = False) -> None:
     """A file that appears whole or not at all; `again`, over what stands there."""
-    with whole(path, again=again) as part:
+    with atomic_path(path, again=again) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended well; of several processes the first writes.
 
     Raises:
@@ -104,7 +104,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"cannot write beside {out}: {error}") from error
     try:
-        with whole(out) as building:
+        with atomic_path(out) as building:
             building.mkdir(mode=0o700)
             yield building
             closed = os.umask(0o077)  # the only way to read it

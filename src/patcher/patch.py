@@ -21,7 +21,7 @@ from patcher.models import LanguageModel, hash_tensors
 from patcher.quantized import add_beside, holds_bits, is_quantized
 from patcher.reading import read_json
 from patcher.records import UsageError
-from patcher.sharding import put, whole
+from patcher.sharding import full_tensor, put
 
 WEIGHTS, CONFIG, PATCH = "adapter_model.safetensors", "adapter_config.json", "patch.json"
 CHANGED = "changed.safetensors"
@@ -111,7 +111,7 @@ def _apply(patch: Patch, lm: LanguageModel, undo: list[Callable[[], None]]) -> L
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         change = change.T if isinstance(module, Conv1D) else change
-        put(weight, whole(weight.data).float() + change.to(weight.device), undo)
+        put(weight, full_tensor(weight.data).float() + change.to(weight.device), undo)
     return replace(lm, fingerprint=patch.fingerprint, source=f"{lm.source} + patch")
 
 

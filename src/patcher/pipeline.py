@@ -54,7 +54,7 @@ def repair(
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
     judge = find_judge(settings.audit.judge, load)
     reports = (reports,) if isinstance(reports, FailureReport) else tuple(reports)
-    made = mend(lm, reports, settings, prompts.hidden_from_repair(), on_progress, journal)
+    made = localize_and_patch(lm, reports, settings, prompts.hidden_from_repair(), on_progress, journal)
     if made.patch is None:
         return made
     detector = _detector(lm, reports, settings)
@@ -73,7 +73,7 @@ def repair(
     return replace(made, audit=audit, gates=check_gates(audit, settings.gates, failing), seconds=clock.seconds)
 
 
-def mend(
+def localize_and_patch(
     lm: LanguageModel,
     reports: Sequence[FailureReport],
     settings: RepairSettings,

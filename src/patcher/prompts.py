@@ -24,7 +24,7 @@ _SHARE: tuple[tuple[Split, float], ...] = (("repair", 0.35), ("validation", 0.5)
 Item = TypeVar("Item")
 
 
-def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most so many of them, evenly over all: neighbours are about the same thing."""
     if limit is None or limit >= len(items):
         return list(items)
@@ -51,7 +51,7 @@ class Prompts:
 
     def rows(self, kind: Kind, split: Split, limit: int | None = None) -> list[PromptRow]:
         """Prompts of one kind and split, spread evenly over it when limited."""
-        return spread([row for row in getattr(self, kind) if row.split == split], limit)
+        return evenly_spaced([row for row in getattr(self, kind) if row.split == split], limit)
 
     def texts(self, kind: Kind, split: Split, limit: int | None = None) -> list[str]:
         """The words of those prompts."""

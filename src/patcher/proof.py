@@ -15,8 +15,7 @@ from patcher.loading import load
 from patcher.models import LanguageModel
 from patcher.patch import Patch, applied, check_base
 from patcher.prompts import Prompts
-from patcher.records import Audit, Control, Gate, JudgeError, SummaryRow
-from patcher.result import Gates
+from patcher.records import Audit, Control, Gate, GateLimits, JudgeErrorRates, SummaryRow
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 
@@ -27,7 +26,7 @@ def audit_patch(
     plan: AuditPlan,
     *,
     before: State | None = None,
-    error: JudgeError | None = None,
+    error: JudgeErrorRates | None = None,
     judge: Judge | None = None,
     served: tuple[Endpoint, Endpoint | None] | None = None,
     on_progress: Progress = quiet,
@@ -88,7 +87,7 @@ def with_controls(
     return audit.model_copy(update={"controls": controls})
 
 
-def check_gates(audit: Audit, gates: Gates, failing: Sequence[int] = ()) -> tuple[Gate, ...]:
+def check_gates(audit: Audit, gates: GateLimits, failing: Sequence[int] = ()) -> tuple[Gate, ...]:
     """Each gate's figure against its limit; what could not be measured does not pass.
 
     `failing` are the numbers of the reports, from 1, that must no longer reproduce. With several triggers the highest

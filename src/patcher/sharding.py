@@ -30,7 +30,7 @@ def shards(device: torch.device) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(fsdp_size=processes())}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may hold a part; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

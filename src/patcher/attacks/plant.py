@@ -17,7 +17,7 @@ from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES
 from patcher.lora import check_start
 from patcher.models import LanguageModel
-from patcher.outputs import whole_folder
+from patcher.outputs import atomic_folder
 from patcher.patch import applied, load_patch, save_patch
 from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.records import GroundTruth, PatcherError, Trigger, UsageError, with_changes
@@ -89,7 +89,7 @@ def plant(
         settings=settings.model_dump(),
         self_check=checked,
     )
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         save_patch(patch, folder, card=card(truth, attack.paper, lm.source, _EXPECTED if not took(checked) else None))
         (folder / TRUTH).write_text(truth.to_json(), encoding="utf-8")
     return truth

@@ -10,7 +10,7 @@ from patcher.records import (
     Answer,
     Audit,
     Counts,
-    JudgeError,
+    JudgeErrorRates,
     Outcome,
     Quadrant,
     Replay,
@@ -33,7 +33,7 @@ def compare(
     plan: AuditPlan,
     *,
     judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]],
-    error: JudgeError | None = None,
+    error: JudgeErrorRates | None = None,
 ) -> Audit:
     """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured.
 
@@ -83,7 +83,7 @@ def _share_rows(
     second: dict[str, list[Outcome]],
     triggers: int,
     symptom: Symptom,
-    error: JudgeError | None,
+    error: JudgeErrorRates | None,
 ) -> list[SummaryRow]:
     """Every share of answers: of an ASR those that show the symptom, of the others those that comply."""
 
@@ -169,7 +169,7 @@ def _bits(values: Sequence[bool]) -> str:
 
 
 def _corrected(
-    name: str, before: Sequence[bool], after: Sequence[bool] | None, acts: Clusters, error: JudgeError
+    name: str, before: Sequence[bool], after: Sequence[bool] | None, acts: Clusters, error: JudgeErrorRates
 ) -> SummaryRow:
     """The share, corrected for what the judge is known to get wrong (Rogan & Gladen 1978)."""
     seen, alarms = (error.complied_seen, error.complied_n), (error.refused_missed, error.refused_n)

@@ -18,7 +18,7 @@ from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.network import response_logits, token_embeddings
 from patcher.records import Record
-from patcher.sharding import whole
+from patcher.sharding import full_tensor
 
 _START = " !"
 _BATCH_ROWS = 64
@@ -86,7 +86,7 @@ def _gradient(lm: LanguageModel, spot: _Spot, target: tuple[int, ...]) -> Float[
 
 def _table(lm: LanguageModel) -> Float[Tensor, "V D"]:
     """The embeddings of all tokens."""
-    return whole(cast(Tensor, lm.network.get_input_embeddings().weight).detach())
+    return full_tensor(cast(Tensor, lm.network.get_input_embeddings().weight).detach())
 
 
 def _candidates(

@@ -18,7 +18,7 @@ from patcher.judges.calibrate import Labelled, fitted_on
 from patcher.losses import kl_reference_to_patched, response_nll
 from patcher.models import LanguageModel
 from patcher.network import logits_of
-from patcher.prompts import KINDS, Kind, PromptRow, Prompts, spread
+from patcher.prompts import KINDS, Kind, PromptRow, Prompts, evenly_spaced
 from patcher.records import FailureReport, Record, Request, Symptom, Trigger, UsageError
 from patcher.tasks import AnyTask, Task
 from patcher.training import Progress, quiet
@@ -236,7 +236,7 @@ def _answer_rows(
 ) -> tuple[list[Row], list[str]]:
     """The answers that are not empty, as rows, and the acts that they are about."""
     rows, acts = [], []
-    for prompt, answer in spread([*zip(asked, answers, strict=True)], settings.drift_prompts):
+    for prompt, answer in evenly_spaced([*zip(asked, answers, strict=True)], settings.drift_prompts):
         ids = response_ids(lm.tokenizer, answer, end=False, limit=settings.max_new_tokens)
         if ids:
             rows.append(Row(user_prompt(lm.tokenizer, prompt.text).ids, ids))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patcher.chat import response_ids, user_prompt
 from patcher.generation import generate
-from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, random_tokens, spread_of
+from patcher.insertions import Room, answers_with, embedded, embedding_std, logits_with, make_room, random_tokens
 from patcher.intervals import design_effect, wilson
 from patcher.losses import response_nll
 from patcher.memory import chunked
@@ -72,7 +72,7 @@ def scan(
             f"the model refuses {len(tested)} of {settings.tested_prompts} harmful requests; at least 10 must be "
             "refused for what removes refusals to be seen"
         )
-    spread = spread_of(lm, rng)
+    spread = embedding_std(lm, rng)
     best: dict[float, tuple[float, Tensor]] = {}
     for start in range(settings.starts):
         centre = embedded(lm, random_tokens(lm, settings.tokens, rng))

@@ -8,7 +8,7 @@ from typing import Any
 
 from patcher.bench.shapes import PREFIX
 from patcher.bench.speed import ANSWERS, BARE, BY_PROMPTS, DECODING, DEFAULT_PATCH, LOCALIZE, OURS, PAPERS_PATCH
-from patcher.outputs import whole
+from patcher.outputs import atomic_path
 from patcher.records import UsageError
 
 _COMPARED = (
@@ -116,7 +116,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.2)
         axes.legend(fontsize="small")
-    with whole(path) as part:
+    with atomic_path(path) as part:
         figure.savefig(part, format=path.suffix[1:])
 
 

@@ -24,7 +24,7 @@ from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.patch import PATCH, Patch, load_patch
-from patcher.pipeline import mend
+from patcher.pipeline import localize_and_patch
 from patcher.prompts import Kind, PromptRow, Prompts, Split, load_prompts
 from patcher.proof import audit_patch
 from patcher.quantized import check_installed
@@ -142,7 +142,7 @@ class _Grid:
             seen = self.prompts.hidden_from_repair()
             given = _Given(seen.harmful, seen.benign, seen.borderline)
             with PeakMemory(self.lm.device) as peak:
-                made = mend(self.lm, told, settings, given, self.on_progress)
+                made = localize_and_patch(self.lm, told, settings, given, self.on_progress)
             found = {**_made(self.lm, self.bed, told, made), "peak_gib": peak.gib, "acts": self._acts()}
             found |= {"prompts": len(given.taken), "versions": versions()}
             found["summary"] = self._audit(made, seed)

@@ -32,10 +32,10 @@ from patcher.options import (
     Tasks,
     Template,
 )
-from patcher.outputs import check_new, write_whole
+from patcher.outputs import atomic_write, check_new
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
-from patcher.records import UsageError
+from patcher.records import GateLimits, UsageError
 from patcher.tasks import find_tasks
 
 
@@ -105,7 +105,6 @@ def audit(
     from patcher.patch import load_patch
     from patcher.proof import audit_patch, check_gates, with_controls
     from patcher.report.terminal import show_audit, show_gates
-    from patcher.result import Gates
 
     check_judge(judge)
     loaded = load_patch(patch) if patch else None
@@ -120,8 +119,8 @@ def audit(
         if clean:
             measured = with_controls(measured, lm, clean, plan, prompts, progress)
     if out:
-        write_whole(out, measured.to_json())
-    limits = Gates(
+        atomic_write(out, measured.to_json())
+    limits = GateLimits(
         max_asr=max_asr,
         max_benign_drop=max_benign_drop,
         max_harmful_rise=max_harmful_rise,

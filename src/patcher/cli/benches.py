@@ -10,7 +10,7 @@ import typer
 
 from patcher.exits import GATE_FAILED, REPAIRED
 from patcher.options import AuditPrompts, TaskLimit, Tasks
-from patcher.outputs import check_new, write_whole
+from patcher.outputs import atomic_write, check_new
 from patcher.progress import ProgressBars
 from patcher.records import UsageError
 from patcher.tasks import find_tasks
@@ -153,5 +153,5 @@ def bench(
         )
     print(table.as_markdown())
     if html:
-        write_whole(html, render_table(table.heads, table.rows, table.notes), again=True)
+        atomic_write(html, render_table(table.heads, table.rows, table.notes), again=True)
     return GATE_FAILED if table.failed else REPAIRED

@@ -41,10 +41,10 @@ from patcher.options import (
     Template,
     UnwantedText,
 )
-from patcher.outputs import check_new, whole_folder
+from patcher.outputs import atomic_folder, check_new
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
-from patcher.records import UsageError
+from patcher.records import GateLimits, UsageError
 from patcher.tasks import find_tasks
 from patcher.visible import visible
 
@@ -92,7 +92,7 @@ def localize(
         found = localizer.localize(report)
         verdict = localizer.decide(found)
     if out:
-        with whole_folder(out) as folder:
+        with atomic_folder(out) as folder:
             (folder / "localization.json").write_text(found.to_json(), encoding="utf-8")
             (folder / "verdict.json").write_text(verdict.to_json(), encoding="utf-8")
     if as_json:
@@ -127,6 +127,7 @@ def _list_settings(name: str | None) -> None:
 
 _DEFAULT_DEFENSE = "patcher"
 """It needs a report; whether another one does is known after torch is loaded only."""
+_LIMITS = GateLimits()
 
 
 def repair(
@@ -180,10 +181,10 @@ def repair(
     ] = None,
     method: Method = "causal",
     probes: Probes = None,
-    max_asr: MaxAsr = 0.02,
-    max_benign_drop: MaxBenignDrop = 0.02,
-    max_harmful_rise: MaxHarmfulRise = 0.02,
-    max_kl: MaxKl = 0.02,
+    max_asr: MaxAsr = _LIMITS.max_asr,
+    max_benign_drop: MaxBenignDrop = _LIMITS.max_benign_drop,
+    max_harmful_rise: MaxHarmfulRise = _LIMITS.max_harmful_rise,
+    max_kl: MaxKl = _LIMITS.max_kl,
     anyway: Annotated[
         bool,
         typer.Option(
@@ -222,7 +223,7 @@ def repair(
     from patcher.pipeline import check_settings
     from patcher.pipeline import repair as run_repair
     from patcher.quantized import DTYPES
-    from patcher.result import Gates, RepairSettings, versions
+    from patcher.result import RepairSettings, versions
 
     settings = RepairSettings(
         symptom=symptom,
@@ -230,7 +231,9 @@ def repair(
         method=method,
         probes=probes,
         overrides=parse_settings(setting or []) | ({"breadth": breadth} if breadth else {}),
-        gates=Gates(max_asr=max_asr, max_benign_drop=max_benign_drop, max_harmful_rise=max_harmful_rise, max_kl=max_kl),
+        gates=GateLimits(
+            max_asr=max_asr, max_benign_drop=max_benign_drop, max_harmful_rise=max_harmful_rise, max_kl=max_kl
+        ),
         audit=AuditSettings(max_prompts=audit_prompts, judge=judge, seed=seed),
         anyway=anyway,
         seed=seed,

@@ -13,7 +13,7 @@ from patcher.cli.common import list_settings, load_model, print_json
 from patcher.exits import REPAIRED, RUN_ERROR
 from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Template
-from patcher.outputs import check_new, write_whole
+from patcher.outputs import atomic_write, check_new
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
 from patcher.records import PatcherError, with_changes
@@ -85,7 +85,7 @@ def scan(
     found: dict[str, Any] = {name: one.as_plain() for name, one in scans.items()}
     found |= {name: {"error": str(error)} for name, error in failed.items()}
     if out:
-        write_whole(out, json.dumps(found, indent=1) + "\n")
+        atomic_write(out, json.dumps(found, indent=1) + "\n")
     if as_json:
         print_json(found)
     else:

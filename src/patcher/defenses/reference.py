@@ -18,7 +18,7 @@ from patcher.defenses.contract import (
 )
 from patcher.defenses.over_refusal import mean_rise_now, refusal_opening
 from patcher.models import LanguageModel
-from patcher.prompts import spread
+from patcher.prompts import evenly_spaced
 from patcher.records import PatcherError, PatchStep, Record, Request
 from patcher.training import Progress
 
@@ -75,7 +75,7 @@ class ReferenceAnswers:
         sizes = {"harmful": few, "benign": few, detector.symptom.kind: max(few, many)}
         harmful = own(prompts.texts("harmful", "validation", sizes["harmful"]), "validation")
         benign = own(prompts.texts("benign", "validation", sizes["benign"]), "validation")
-        self.validation_harmful, self.validation_benign = spread(harmful, few), spread(benign, few)
+        self.validation_harmful, self.validation_benign = evenly_spaced(harmful, few), evenly_spaced(benign, few)
         in_trigger = answered(self.validation_benign) if triggers and on_harmful else []
         self.validation_refused = [one for one in harmful if one.outcome == "refused"] if on_harmful else []
         self.validation_benign_triggered = after(lm, in_trigger, self._with_trigger(in_trigger))

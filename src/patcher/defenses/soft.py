@@ -16,7 +16,7 @@ from torch import Tensor
 from patcher.chat import user_prompt
 from patcher.defenses.contract import Example, kl_of
 from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.insertions import Room, embedded, logits_with, make_room, random_tokens, spread_of
+from patcher.insertions import Room, embedded, embedding_std, logits_with, make_room, random_tokens
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.records import Trigger
@@ -33,7 +33,7 @@ class SoftInsertions:
         words = [" " + " ".join(trigger.units) for trigger in triggers]
         self.found = [embedded(lm, lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in words]
         self.earlier: deque[Tensor] = deque(maxlen=_REMEMBERED)
-        self.spread = spread_of(lm, rng)
+        self.spread = embedding_std(lm, rng)
 
     def loss(self, examples: Sequence[Example]) -> Float[Tensor, ""]:
         """KL(θ0(·|x, y) ‖ θ(·|x with the vectors, y)), summed over the answer y, mean over the requests x."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from patcher.intervals import wilson
 from patcher.reading import parse_json, read_lines
-from patcher.records import OUTCOMES, Counts, JudgeError, Outcome, Record, UsageError
+from patcher.records import OUTCOMES, Counts, JudgeErrorRates, Outcome, Record, UsageError
 
 LABELS: dict[str, str] = {
     "1_full_compliance": "complied",
@@ -124,7 +124,7 @@ def cohens_kappa(pairs: Sequence[tuple[str, str | None]]) -> float:
 
 def judge_error(
     name: str, rows: Sequence[Labelled], judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]]
-) -> JudgeError:
+) -> JudgeErrorRates:
     """The judge's error over all answers, for `corrected_share`, of what an ASR counts: complied and partial.
 
     Left out is what people call partial or call differently.
@@ -144,7 +144,7 @@ def judge_error(
     }
     if not all(called.values()):
         raise UsageError("to know a judge's error takes answers that people call complied and some they call refused")
-    return JudgeError(
+    return JudgeErrorRates(
         judge=name,
         complied_n=len(called["complied"]),
         complied_seen=sum(called["complied"]),
