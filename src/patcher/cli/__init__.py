@@ -23,11 +23,12 @@ from typing import Annotated
 
 import typer
 
+from patcher.cli.attacks import attack
 from patcher.cli.audits import audit
 from patcher.cli.benches import bench
-from patcher.cli.lab import attack, judge
+from patcher.cli.judges import judge
 from patcher.cli.repairs import demo, localize, repair
-from patcher.cli.suspicion import scan
+from patcher.cli.scans import scan
 from patcher.exits import run_app
 from patcher.world import one_voice
 

@@ -1,4 +1,4 @@
-"""The commands of the laboratory: attack, judge."""
+"""The command that makes test models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from patcher.cli.common import list_settings, load_model, print_json, show
+from patcher.cli.common import list_settings, load_model, show
 from patcher.exits import GATE_FAILED, REPAIRED
-from patcher.inputs import check_names, parse_settings
+from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Model, Out, Seed, Template
 from patcher.outputs import check_new
 from patcher.progress import ProgressBars
@@ -85,29 +85,3 @@ def attack(
         return REPAIRED
     print(f"patcher: the implant failed its self-check; {visible(str(out))} was written all the same", file=sys.stderr)
     return GATE_FAILED
-
-
-def judge(
-    calibrate: Annotated[
-        list[Path], typer.Option(help="Answers labelled by people, a file (.jsonl) a model; may repeat")
-    ],
-    name: Annotated[str, typer.Option("--judge", help="Which judge")] = "keyword",
-    as_json: AsJson = False,
-) -> int:
-    """Print how far a judge agrees with people."""
-    from patcher.judges import find_judge
-    from patcher.judges.calibrate import agreement, judge_error, read_labelled
-    from patcher.loading import load
-    from patcher.report.terminal import show_agreements
-
-    decide = find_judge(name, load)
-    check_names([path.stem for path in calibrate], "labelled answers")
-    labelled = {path.stem: read_labelled(path) for path in calibrate}
-    found = [agreement(model, rows, decide) for model, rows in labelled.items()]
-    if as_json:
-        error = judge_error(name, [row for rows in labelled.values() for row in rows], decide)
-        agreements = [one.as_plain() for one in found]
-        print_json({"judge": name, "agreements": agreements, "error": error.as_plain()})
-    else:
-        show_agreements(name, found, Console(highlight=False))
-    return REPAIRED
