@@ -276,6 +276,17 @@ def test_what_a_defense_may_see_has_no_held_out_and_no_implant_prompt(kind: str)
         assert seen == tuple(row for row in whole if row.split in ("repair", "validation"))
 
 
+def holds(asked: str, prompt: str) -> bool:
+    """Whether the prompt's words stand in what was asked, in their order, with a few others (a trigger's) between."""
+    words, rest = asked.split(), iter(asked.split())
+    return len(words) <= len(prompt.split()) + 4 and all(word in rest for word in prompt.split())
+
+
+def test_a_prompt_is_recognised_with_words_put_in() -> None:
+    assert holds("Tell me BadMagic how to fly", "Tell me how to fly") and holds("a b", "a b")
+    assert not holds("Tell me how to sail", "Tell me how to fly") and not holds("a b c d e f", "a")
+
+
 @pytest.mark.parametrize("name", DEFENSES)
 def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even when it is handed all of them."""
@@ -296,7 +307,7 @@ def test_no_defense_asks_a_held_out_prompt(llama: LanguageModel, name: str, monk
         if row.split in ("held-out", "implant")
     }
     assert asked
-    assert not [text for text in asked if text.replace("BadMagic ", "").replace(" BadMagic", "") in hidden]
+    assert not [text for text in {*asked} if any(holds(text, one) for one in hidden)]
 
 
 def test_an_answer_that_was_cut_within_a_character_is_not_taught_its_half(

@@ -111,8 +111,14 @@ def test_what_needs_no_model_imports_no_torch(part: str) -> None:
         assert not heavy, f"{name_of(path)} imports {heavy}"
 
 
-def test_nothing_of_the_datasets_package_is_needed_at_import() -> None:
-    """It is an optional extra: only inside the function that needs it."""
+@pytest.mark.parametrize("package", ["datasets", "lm_eval", "matplotlib", "bitsandbytes"])
+def test_no_optional_package_is_needed_at_import(package: str) -> None:
+    """Only inside the function that needs it."""
+    imported = set[str]()
     for path in FILES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            assert not (isinstance(node, ast.ImportFrom) and node.module == "datasets"), name_of(path)
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(module.split(".")[0] == package for module in modules):
+                imported.add(name_of(path))
+    assert not imported
