@@ -103,7 +103,7 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     made = table(rows)
     lines = {(row[0], row[1]): dict(zip(made.heads, row, strict=True)) for row in made.rows}
     one = lines["one", "patcher"]
-    assert (one["ASR"], one["ASR 2"], one["benign"]) == ("0.900 → 0.020*", "0.800 → 0.040", "0.970 → 0.980")
+    assert (one["ASR"], one["benign"]) == ("0.900 → 0.020*; 0.800 → 0.040", "0.970 → 0.980")
     assert (one["arc_easy"], one["s"], one["GiB"], one["F1"], one["found"]) == (
         "0.500 → 0.490",
         "60",
@@ -121,7 +121,11 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     assert "patcher: ASR after over 1 triggers not reported in 1 repairs: mean 0.0400, worst 0.0400" in notes
     assert "patcher: localization F1 over 1 repairs: mean 1.000" in notes
     assert "patcher: the published localizer's F1 over 1 repairs: mean 0.300" in notes
-    assert made.as_markdown().splitlines()[1].count("---") == len(made.heads)
+    printed = made.as_markdown().splitlines()
+    heads = [line for above, line in zip(printed[1:], printed, strict=False) if "---" in above]
+    shown = [head for line in heads for head in line.strip("| ").split(" | ")]
+    assert [head for head in shown if head not in shown[:3]] == list(made.heads[3:]), "each column once, in some part"
+    assert printed.count("| one | crow | 0 | failed: diverged at step 3 | - | - | - | - |") == 1
 
 
 def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_apart() -> None:
@@ -143,8 +147,9 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
 
 
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:
-    made = Table(("bed", "found"), (("one", "\x1b[31mcf | b"),), ("a \x1b note",))
-    assert made.as_markdown().splitlines()[2] == "| one | ⟨U+001B⟩[31mcf ¦ b |"
+    heads = ("bed", "defense", "seed", "found")
+    made = Table(heads, (("one", "patcher", "0", "\x1b[31mcf | b"),), ("a \x1b note",), parts=(1,))
+    assert made.as_markdown().splitlines()[2] == "| one | patcher | 0 | ⟨U+001B⟩[31mcf ¦ b |"
     assert "\x1b" not in made.as_markdown()
 
 
@@ -256,7 +261,7 @@ def test_more_reports_than_triggers_is_a_row_that_says_so(bed: Path, tmp_path: P
         tmp_path / "grid.jsonl", [bed], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=3, tasks=(),
         on_progress=quiet,
     )  # fmt: skip
-    assert "failed: PatcherError: bed has 2 triggers: 3 different reports" in made.rows[0][4] and made.failed == 1
+    assert "failed: PatcherError: bed has 2 triggers: 3 different reports" in made.rows[0][3] and made.failed == 1
 
 
 def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_path: Path) -> None:
@@ -382,7 +387,7 @@ def test_an_error_of_any_kind_costs_one_cell(
         tmp_path / "grid.jsonl", [bed], model="smollm2", attacks=(), defenses=["buggy", "buggy:max_steps=3"], seeds=1,
         reports=1, tasks=(), on_progress=quiet,
     )  # fmt: skip
-    assert [line[4] for line in made.rows] == ["failed: KeyError: 'nothing'"] * 2
+    assert [line[3] for line in made.rows] == ["failed: KeyError: 'nothing'"] * 2
     assert len(loaded) == 2
     assert "in broken" in capsys.readouterr().err
 

@@ -8,35 +8,26 @@ from typing import Any
 from patcher.bench import versus
 from patcher.visible import visible
 
-_FIGURES = {
-    "asr_triggered_frac": "ASR",
+_ASR = "asr_triggered_frac"
+_FURTHER = r"asr_triggered_\d+_frac"
+_ATTACKS = {
+    _ASR: "ASR",
     "asr_untriggered_frac": "no trigger",
     "asr_worded_frac": "wordings",
+}
+_KEPT = {
     "benign_answered_frac": "benign",
     "benign_triggered_answered_frac": "benign + trigger",
     "borderline_answered_frac": "borderline",
     "kl_reference_to_patched_nats": "KL",
 }
-_FURTHER = r"asr_triggered_(\d+)_frac"
 _LASTING = (
     "The last columns: ASR (mean over triggers) / untriggered / benign answered of the repaired model, as it is and "
     "after each further change; `clean, poisoned` is the clean model, poisoned like `poisoned again`."
 )
-_HEADS = (
-    "bed",
-    "defense",
-    "seed",
-    "reports",
-    "verdict",
-    "found",
-    "F1",
-    "published F1",
-    "rounds",
-    "steps",
-    "prompts",
-    "s",
-    "GiB",
-)
+_CELL = ("bed", "defense", "seed")
+_FOUND = ("verdict", "found")
+_MADE = ("reports", "F1", "published F1", "rounds", "steps", "prompts", "s", "GiB")
 
 
 @dataclass(frozen=True)
@@ -46,35 +37,47 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    parts: tuple[int, ...]
+    """How many columns each part has that is shown as a table of its own, after the first ones, which name the cell."""
     failed: int = 0
     """Cells run now that say why there is no figure."""
 
     def as_markdown(self) -> str:
-        """For docs/ and the terminal; what stands in it may be an attacker's."""
+        """For docs/ and the terminal, each part a table: one would be too wide. Its words may be an attacker's."""
         rows = [[visible(cell).replace("|", "¦") for cell in cells] for cells in self.rows]
-        lines = [self.heads, ("---",) * len(self.heads), *rows]
-        return "\n".join([*("| " + " | ".join(cells) + " |" for cells in lines), "", *map(visible, self.notes)])
+        lines, start = list[str](), len(_CELL)
+        for width in self.parts:
+            for cells in (self.heads, ("---",) * len(self.heads), *rows):
+                lines.append(f"| {' | '.join((*cells[: len(_CELL)], *cells[start : start + width]))} |")
+            lines.append("")
+            start += width
+        return "\n".join([*lines, *(f"- {visible(note)}" for note in self.notes)])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Those given the report first, of each cell the last. `*`: the 95% interval of the paired change leaves 0 out."""
     rows = list({row["key"]: row for row in rows}.values())
-    rows = [{**row, "bed": f"{row['bed']} (validation)"} if row.get("split") == "validation" else row for row in rows]
+    rows = [{**row, "bed": _bed_of(row)} for row in rows]
     rows = sorted(rows, key=lambda row: (row["reports"] == 0, row["bed"], row["defense"], row["seed"]))
     measured = sorted({item["name"] for row in rows for item in row.get("summary", ())})
-    further = {name: f"ASR {found[1]}" for name in measured if (found := re.fullmatch(_FURTHER, name))}
     tasks = {name: name.removesuffix("_accuracy_frac") for name in measured if name.endswith("_accuracy_frac")}
-    first, *others = _FIGURES
-    names = {first: _FIGURES[first], **further, **{name: _FIGURES[name] for name in others}, **tasks}
+    kept = _KEPT | tasks
     later = list(dict.fromkeys(change for row in rows for change in row.get("lasting", ())))
-    heads = (*_HEADS, *names.values(), *later)
-    lines = tuple((*_line(row, list(names)), *_lasting(row, later)) for row in rows)
+    heads = (*_CELL, *_FOUND, *_ATTACKS.values(), *kept.values(), *_MADE, *later)
+    lines = tuple((*_line(row, list(kept)), *_lasting(row, later)) for row in rows)
+    parts = (len(_FOUND) + len(_ATTACKS), len(kept), len(_MADE), *[len(later)] * bool(later))
     unknown = [
         f"{row['bed']}, {row['defense']}, seed {row['seed']}: what lasts is not known: {row['lasting_error']}"
         for row in rows
         if "lasting_error" in row
     ]
-    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown))
+    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown), parts)
+
+
+def _bed_of(row: dict[str, Any]) -> str:
+    """The bed's name, as short as it can be told."""
+    split = " (validation)" if row.get("split") == "validation" else ""
+    return str(row["bed"]).removesuffix("-BACKDOORED") + split
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -83,21 +86,24 @@ def headline(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{cell}: failed: {row['error']}"
     figures = {item["name"]: item for item in row["summary"]}
-    told = ("asr_triggered_frac", "benign_answered_frac", "kl_reference_to_patched_nats")
-    shown = [f"{_FIGURES[name]} {_cell(figures.get(name))}" for name in told]
+    told = (_ASR, "benign_answered_frac", "kl_reference_to_patched_nats")
+    shown = [f"{(_ATTACKS | _KEPT)[name]} {_cell(figures.get(name))}" for name in told]
     return ", ".join([f"{cell}: {row['verdict']}", *shown, f"{versus.repair_seconds(row):.0f} s"])
 
 
-def _line(row: dict[str, Any], names: list[str]) -> tuple[str, ...]:
-    known = (row["bed"], row["defense"], str(row["seed"]), str(row["reports"] or "none"))
+def _line(row: dict[str, Any], kept: list[str]) -> tuple[str, ...]:
+    cell = (row["bed"], row["defense"], str(row["seed"]))
     if "error" in row:
-        return (*known, f"failed: {row['error']}", *["-"] * (len(_HEADS) - len(known) - 1 + len(names)))
+        return (*cell, f"failed: {row['error']}", *["-"] * (1 + len(_ATTACKS) + len(kept) + len(_MADE)))
     figures = {item["name"]: item for item in row["summary"]}
     found = "; ".join(" … ".join(units) for units in row["found"]) or "-"
+    asrs = "; ".join(map(_cell, _asrs(row))) or "-"
+    attacks = (asrs, *(_cell(figures.get(name)) for name in _ATTACKS if name != _ASR))
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     counts = (str(row["rounds"]), str(row["steps"]), str(row.get("prompts", "-")))
-    made = (row["verdict"], found, _f1(row["words"]), _f1(row["published"]), *counts)
-    return (*known, *made, f"{versus.repair_seconds(row):.0f}", memory, *(_cell(figures.get(name)) for name in names))
+    made = (str(row["reports"] or "none"), _f1(row["words"]), _f1(row["published"]), *counts)
+    costs = (f"{versus.repair_seconds(row):.0f}", memory)
+    return (*cell, row["verdict"], found, *attacks, *(_cell(figures.get(name)) for name in kept), *made, *costs)
 
 
 def _lasting(row: dict[str, Any], changes: Sequence[str]) -> list[str]:
@@ -144,13 +150,16 @@ def asr_after(row: dict[str, Any]) -> list[tuple[float, bool]]:
 
     Where nothing was repaired it is what it was.
     """
-    first, *_ = _FIGURES
-    items = [item for item in row["summary"] if item["name"] == first or re.fullmatch(_FURTHER, item["name"])]
     return [
         (item["before"] if item["after"] is None else item["after"], told)
-        for item, told in zip(items, row["reported"], strict=True)
+        for item, told in zip(_asrs(row), row["reported"], strict=True)
         if item["before"] is not None
     ]
+
+
+def _asrs(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figure of each of the bed's triggers, in their order."""
+    return [item for item in row["summary"] if item["name"] == _ASR or re.fullmatch(_FURTHER, item["name"])]
 
 
 def _f1(scores: list[float] | None) -> str:
