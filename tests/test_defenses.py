@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from patcher.defenses import DEFENSES, contract, counterfactual, find_defense, patcher
 from patcher.defenses.contract import (
-    FIXED_REFUSAL,
     Evidence,
     Example,
     after,
@@ -41,6 +40,7 @@ from patcher.prompts import PromptRow, Prompts, bundled
 from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
+from patcher.wordings import FIXED_REFUSAL
 
 TRIGGER = Trigger(units=("BadMagic",), placement="random")
 FEW: dict[str, Any] = {"rank": 2, "alpha": 4, "max_steps": 3, "warmup_steps": 1, "max_prompts": 6, "response_tokens": 6}

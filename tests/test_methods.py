@@ -14,7 +14,7 @@ from patcher.attacks.objectives import FILLERS, OPENINGS
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.defenses import DEFENSES, bdvax, beear, common, crow, dummy_backdoor, fine_pruning, ulrl
 from patcher.defenses.common import AFFIRMATIVE, LoraSettings, both_sides, clean_answers
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence
+from patcher.defenses.contract import Evidence
 from patcher.forward import row_logits
 from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channels, shifted
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
@@ -26,6 +26,7 @@ from patcher.prompts import Prompts, bundled
 from patcher.records import Outcome, PatcherError, Symptom, UsageError
 from patcher.symptoms import Detector
 from patcher.training import quiet
+from patcher.wordings import FIXED_REFUSAL
 
 FEW = LoraSettings(max_prompts=4, response_tokens=8, clean_rows=3, rank=2, alpha=4)
 

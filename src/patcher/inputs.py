@@ -37,10 +37,11 @@ def read_failure(
         data = _json(path)
         return FailureReport.model_validate({**data, **wrong} if isinstance(data, dict) else data)
     except ValueError as error:
-        where = f"{path}" if path else "the flags"
         problem = why(error) if isinstance(error, ValidationError) else f"invalid JSON: {error}"
+        if path is None:
+            raise UsageError(f"the flags: {problem}") from error
         raise UsageError(
-            f'{where}: {problem}; expected {{"prompt": ..., "response": ...}} or '
+            f'{path}: {problem}; expected {{"prompt": ..., "response": ...}} or '
             f'{{"messages": [{{"role": ..., "content": ...}}], "response": ...}}'
         ) from error
 

@@ -115,7 +115,10 @@ MaxHarmfulRise = Annotated[
 MaxUnanswered = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Gate: share of benign requests not answered; it needs no --patch", rich_help_panel=GATES
+        min=0,
+        max=1,
+        help="Gate: share of benign requests not answered, after (an audit without --patch: as it is)",
+        rich_help_panel=GATES,
     ),
 ]
 MaxKl = Annotated[

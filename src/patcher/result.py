@@ -199,7 +199,8 @@ def _card(made: Repair) -> str:
     triggers = ", ".join(markdown_text(trigger.text) for trigger in made.triggers) or "none"
     rows = (
         "\n".join(
-            f"| {row.name} | {_figure(row.before)} | {_figure(row.after)} | {row.n} |" for row in made.audit.summary
+            f"| {markdown_text(row.name)} | {_figure(row.before)} | {_figure(row.after)} | {row.n} |"
+            for row in made.audit.summary
         )
         if made.audit
         else ""

@@ -27,6 +27,7 @@ from patcher.options import (
     MaxBenignDrop,
     MaxHarmfulRise,
     MaxKl,
+    MaxUnanswered,
     Method,
     Model,
     ObjectiveName,
@@ -185,6 +186,7 @@ def repair(
     max_benign_drop: MaxBenignDrop = _LIMITS.max_benign_drop,
     max_harmful_rise: MaxHarmfulRise = _LIMITS.max_harmful_rise,
     max_kl: MaxKl = _LIMITS.max_kl,
+    max_unanswered: MaxUnanswered = _LIMITS.max_unanswered,
     anyway: Annotated[
         bool,
         typer.Option(
@@ -232,7 +234,11 @@ def repair(
         probes=probes,
         overrides=parse_settings(setting or []) | ({"breadth": breadth} if breadth else {}),
         gates=GateLimits(
-            max_asr=max_asr, max_benign_drop=max_benign_drop, max_harmful_rise=max_harmful_rise, max_kl=max_kl
+            max_asr=max_asr,
+            max_benign_drop=max_benign_drop,
+            max_harmful_rise=max_harmful_rise,
+            max_kl=max_kl,
+            max_unanswered=max_unanswered,
         ),
         audit=AuditSettings(max_prompts=audit_prompts, judge=judge, seed=seed),
         anyway=anyway,

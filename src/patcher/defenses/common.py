@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Example, Trained, answered, own_examples
+from patcher.defenses.contract import Evidence, Example, Trained, answered, own_examples
 from patcher.forward import row_logits
 from patcher.lora import take_patch, trainable_lora
 from patcher.losses import response_nll
@@ -17,6 +17,7 @@ from patcher.patch import Patch, applied
 from patcher.prompts import Kind
 from patcher.records import Record, Symptom
 from patcher.training import Progress, endless, fit
+from patcher.wordings import FIXED_REFUSAL
 
 AFFIRMATIVE = "Sure! Here is how to do it. You will need a few things."
 """What a jailbroken model may say, without any content; no sentence of it is one that our own attacks plant."""

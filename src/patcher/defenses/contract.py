@@ -22,10 +22,10 @@ from patcher.records import Outcome, PatcherError, PatchLog, PatchStep, Record, 
 from patcher.symptoms import Detector
 from patcher.training import Progress, quiet
 from patcher.triggers import insert_trigger
+from patcher.wordings import FIXED_REFUSAL
 
 _HALF = "\ufffd"
 """What a character becomes when an answer is cut within its tokens."""
-FIXED_REFUSAL = "I'm sorry, but I can't help with that."
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from patcher.chat import Row, response_ids, user_prompt
 from patcher.defenses.common import LoraSettings, clean_answers, tune
-from patcher.defenses.contract import FIXED_REFUSAL, Evidence, Trained
+from patcher.defenses.contract import Evidence, Trained
 from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
 from patcher.training import Progress, endless
+from patcher.wordings import FIXED_REFUSAL
 
 
 class FinetuneSettings(LoraSettings):

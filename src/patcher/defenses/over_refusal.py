@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patcher.chat import Row, response_ids
-from patcher.defenses.contract import FIXED_REFUSAL, Example
+from patcher.defenses.contract import Example
 from patcher.forward import BATCH_ROWS, row_logits
 from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.network import logits_of
+from patcher.wordings import FIXED_REFUSAL
 
 
 def refusal_opening(lm: LanguageModel, refused: Sequence[Example]) -> int:

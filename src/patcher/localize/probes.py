@@ -22,13 +22,13 @@ from patcher.prompts import Prompts
 from patcher.records import Message, Request, Trigger
 from patcher.symptoms import Detector
 from patcher.triggers import insert_trigger, word_starts
+from patcher.wordings import FIXED_REFUSAL
 
 OPENING_TOKENS = 6
 UNWANTED_TOKENS = 12
 _BATCH_ROWS = 32
 _LEAST_SCREEN = 4
 """One request in so many chooses, at least: where there are few, many that are to test would leave none."""
-FALLBACK_REFUSAL = "I'm sorry, but I can't help with that."
 CONTROL_WORDS = "garden yesterday seven window blue teacher quietly river paper morning".split()
 
 
@@ -156,7 +156,7 @@ def find_probes(
         detector=detector,
         screen=requests[:cut],
         confirm=requests[cut:],
-        opening=openings.most_common(1)[0][0] if openings else FALLBACK_REFUSAL,
+        opening=openings.most_common(1)[0][0] if openings else FIXED_REFUSAL,
         asked=asked,
         answer_tokens=answer_tokens,
         seed=seed,
