@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ from patcher.world import processes
 
 Piece = TypeVar("Piece")
 _WORK, _SECONDS = "work.txt", "seconds.json"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Journal:
@@ -143,11 +145,14 @@ def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
 
 
 def _lock(file: BinaryIO, out: Path) -> None:
-    """Hold the file until it is closed. Raises UsageError when another run holds it."""
+    """Hold the file until it is closed, if its file system has locks. Raises UsageError when another run holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"another run is at work on {out}: wait for it, or name another --out") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _hash(text: str) -> str:
