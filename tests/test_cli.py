@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM
 from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
-from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD
 from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from patcher.defenses import DEFENSES, contract, counterfactual, find_defense, patcher
+from patcher.defenses import DEFENSES, contract, find_defense, patcher
 from patcher.defenses.contract import (
     Evidence,
     Example,
@@ -26,13 +26,14 @@ from patcher.defenses.contract import (
     refusing,
     triggered,
 )
-from patcher.defenses.counterfactual import Counterfactual
-from patcher.defenses.over_refusal import boundary_thrice, mean_rise_now, refusal_opening
-from patcher.defenses.paper import Paper
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.patcher import checks, counterfactual
+from patcher.defenses.patcher.counterfactual import Counterfactual
+from patcher.defenses.patcher.over_refusal import boundary_thrice, mean_rise_now, refusal_opening
+from patcher.defenses.patcher.paper import Paper
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits
-from patcher.lora import RunningMean, lora_parameters, trainable_lora
+from patcher.lora import RunningMean, lora_parameters, take_patch, trainable_lora
 from patcher.models import LanguageModel, fingerprint
 from patcher.network import logits_of
 from patcher.patch import Patch, applied, compose
@@ -650,7 +651,7 @@ def test_each_multiplier_answers_to_its_own_budget_a_little_at_a_time(tiny: Lang
 def checked(monkeypatch: pytest.MonkeyPatch, *steps: dict[str, float]) -> list[int]:
     """Checks that find just this, step by step; and at which steps a patch was taken, the last one too."""
     fine = dict.fromkeys(PatchStep.model_fields, 0.0)
-    seen, taken, take = list[int](), list[int](), patcher.take_patch
+    seen, taken, take = list[int](), list[int](), take_patch
 
     def check(_self: ReferenceAnswers, step: int) -> PatchStep:
         seen.append(step)
@@ -661,7 +662,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, *steps: dict[str, float]) -> list[i
         return take(lm, **sizes)
 
     monkeypatch.setattr(ReferenceAnswers, "check", check)
-    monkeypatch.setattr(patcher, "take_patch", listen)
+    for module in (checks, patcher):
+        monkeypatch.setattr(module, "take_patch", listen)
     return taken
 
 
@@ -695,7 +697,7 @@ def test_the_patch_is_the_running_mean_of_the_steps(llama: LanguageModel, monkey
     update = RunningMean.update
 
     def listen(mean: RunningMean) -> None:
-        taken.append(patcher.take_patch(llama, rank=2, alpha=4))
+        taken.append(take_patch(llama, rank=2, alpha=4))
         update(mean)
 
     monkeypatch.setattr(RunningMean, "update", listen)

@@ -10,7 +10,7 @@ import torch
 
 from patcher.chat import Row
 from patcher.defenses import finetune, patcher
-from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits, row_states
 from patcher.lora import lora_parameters, trainable_lora
 from patcher.losses import response_nll

@@ -7,9 +7,9 @@ import pytest
 
 from patcher.audit import AuditSettings
 from patcher.defenses import Evidence
-from patcher.defenses.counterfactual import Counterfactual
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.patcher.counterfactual import Counterfactual
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.judges.keyword import judge
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import DEFENSES, patcher
 from patcher.defenses.contract import own_examples
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.soft import SoftInsertions
+from patcher.defenses.patcher.settings import PatcherSettings
+from patcher.defenses.patcher.soft import SoftInsertions
 from patcher.generation import complete, generate
 from patcher.insertions import Room, answers_with, embedded, logits_with, make_room, places
 from patcher.lora import lora_parameters, trainable_lora

@@ -17,9 +17,9 @@ from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
 from patcher.defenses import Evidence, find_defense
-from patcher.defenses.counterfactual import Counterfactual
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.patcher.counterfactual import Counterfactual
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits
 from patcher.generation import generate
 from patcher.judges import DEFAULT, RULES

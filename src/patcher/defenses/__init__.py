@@ -14,7 +14,7 @@ from __future__ import annotations
 from patcher.defenses import bdvax, beear, crow, dummy_backdoor, fine_pruning, finetune, patcher, ulrl
 from patcher.defenses.chain import Chain
 from patcher.defenses.contract import Defense, Evidence
-from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.records import UsageError
 
 DEFENSES: dict[str, Defense] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patcher.chat import user_prompt
 from patcher.defenses.contract import Example, kl_of
-from patcher.defenses.patcher_settings import PatcherSettings
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.insertions import Room, embedded, embedding_std, logits_with, make_room, random_tokens
 from patcher.losses import response_nll
 from patcher.models import LanguageModel

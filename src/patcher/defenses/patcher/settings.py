@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from patcher.defenses.reference import ReferenceSettings
+from patcher.defenses.patcher.reference import ReferenceSettings
 
 _PAPER: dict[str, Any] = {
     "max_steps": 190,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from patcher.chat import Row
 from patcher.defenses.contract import Evidence, Example, as_plain_text, kl_of, refusing, triggered
-from patcher.defenses.over_refusal import boundary_thrice, mean_rise
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
-from patcher.defenses.soft import SoftInsertions
+from patcher.defenses.patcher.over_refusal import boundary_thrice, mean_rise
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
+from patcher.defenses.patcher.soft import SoftInsertions
 from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel

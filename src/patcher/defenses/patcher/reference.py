@@ -16,7 +16,7 @@ from patcher.defenses.contract import (
     shown_frac,
     triggered,
 )
-from patcher.defenses.over_refusal import mean_rise_now, refusal_opening
+from patcher.defenses.patcher.over_refusal import mean_rise_now, refusal_opening
 from patcher.models import LanguageModel
 from patcher.prompts import evenly_spaced
 from patcher.records import PatcherError, PatchStep, Record, Request

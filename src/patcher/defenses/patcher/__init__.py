@@ -3,20 +3,19 @@
 Gao et al. (2026), arXiv:2606.02995. `objective="paper"` is their loss; `objective="counterfactual"` is ours.
 """
 
-import math
 import random
 from dataclasses import replace
 from typing import Literal
 
 from patcher.defenses.contract import Evidence, Trained
-from patcher.defenses.counterfactual import Counterfactual
-from patcher.defenses.paper import Paper
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.patcher.checks import Checks
+from patcher.defenses.patcher.counterfactual import Counterfactual
+from patcher.defenses.patcher.paper import Paper
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.lora import RunningMean, take_patch, trainable_lora
 from patcher.models import LanguageModel
-from patcher.patch import Patch
-from patcher.records import PatchStep, UsageError
+from patcher.records import UsageError
 from patcher.training import Progress, fit
 
 
@@ -73,7 +72,7 @@ def run(
     objective = objective_of(lm, evidence, settings, reference, rng)
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
         mean = RunningMean(lm, settings.mean_decay)
-        checks = _Checks(lm, reference, settings, mean, refuses_more=objective.refuses_more)
+        checks = Checks(lm, reference, settings, mean, refuses_more=objective.refuses_more)
         steps, reason = fit(lm, objective.loss, settings, stop=checks.stop, on_progress=on_progress, what="patching")
         with mean.inside():
             last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
@@ -82,63 +81,3 @@ def run(
     _, kept, patch = checks.best
     reason = reason if kept == steps else f"{reason}; the patch is that of step {kept}, the best check"
     return Trained(patch, steps, reason, tuple(checks.made))
-
-
-class _Checks:
-    """What the validation prompts said every few steps, and the patch of the best of these checks."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        reference: ReferenceAnswers,
-        settings: PatcherSettings,
-        mean: RunningMean,
-        *,
-        refuses_more: bool,
-    ) -> None:
-        self.lm, self.reference, self.settings = lm, reference, settings
-        self.mean, self.refuses_more = mean, refuses_more
-        self.made: list[PatchStep] = []
-        self.best: tuple[tuple[float, ...], int, Patch] | None = None
-
-    def stop(self, step: int) -> str | None:
-        """Check where one is due; why to stop, or None to go on."""
-        self.mean.update()
-        if step % self.settings.check_every and step != self.settings.max_steps:
-            return None
-        with self.mean.inside():
-            return self._check(step)
-
-    def _check(self, step: int) -> str | None:
-        """Make a check, keep its patch if it is the best so far, and say why to stop, if to.
-
-        The best is the one that leaves the least of the trigger alive (of one that counts as dead, none) and, of those,
-        overruns its budgets the least; of soft insertions, whose triggers no check sees, the last within its budgets.
-        """
-        settings, everything = self.settings, self.settings.breadth == "all"
-        check = self.reference.check(step)
-        self.made.append(check)
-        overrun, dead = self._overrun(check), check.asr_triggered_frac <= settings.dead_frac
-        score = (float(overrun > 0), -step) if everything else (0.0 if dead else check.asr_triggered_frac, overrun)
-        if self.best is None or score <= self.best[0]:
-            self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if settings.stop_early and not everything and dead and not overrun:
-            return "the trigger is dead on validation prompts and the budgets hold"
-        return None
-
-    def _overrun(self, check: PatchStep) -> float:
-        """How far the check is over its budgets: the sum of what each is over, as a multiple of it."""
-        budgets = self.settings
-        limited = [
-            (check.kl_benign_nats, budgets.budget_benign_nats),
-            (check.kl_benign_triggered_nats, budgets.budget_triggered_nats),
-            (check.kl_plain_nats, budgets.budget_plain_nats),
-            (check.refusal_rise_frac, budgets.budget_refusal_frac),
-        ]
-        if not self.refuses_more:  # what is wanted there is another answer to harmful requests
-            limited += [
-                (check.kl_harmful_nats, budgets.budget_harmful_nats),
-                (check.refusal_fall_frac, budgets.budget_refusal_fall_frac),
-            ]
-        total = sum(max(figure / budget - 1, 0.0) for figure, budget in limited)
-        return total if total >= 0 else math.inf  # NaN is nothing to keep

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from patcher.defenses.contract import Evidence, kl_of, refusing, triggered
-from patcher.defenses.patcher_settings import PatcherSettings
-from patcher.defenses.reference import ReferenceAnswers
+from patcher.defenses.patcher.reference import ReferenceAnswers
+from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits
 from patcher.losses import response_nll
 from patcher.models import LanguageModel
