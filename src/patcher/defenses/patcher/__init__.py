@@ -48,7 +48,7 @@ def run(
     trigger, on harmful and benign x, is added to what is minimised, and training does not stop early: what nobody
     reported cannot be seen to be dead. Without a trigger (an alignment gap) the first term is the NLL of a
     fixed refusal on harmful x: plain refusal training under the same budget on benign x.
-    The patch is the running mean of the steps' weights.
+    The patch is the running mean of the steps' weights (`mean_decay`).
 
     Departures from the paper: the target is the model's own untriggered behaviour rather than a fixed refusal, so the
     refusal loss and KL-harm no longer pull against each other; KL terms are constraints rather than unit-weight

@@ -18,8 +18,16 @@ _PAPER: dict[str, Any] = {
 """10 epochs of 150 + 150 prompts, where each of the three sets has its own batch of 8: 10 x 150 / 8 steps."""
 
 
-_ALL: dict[str, Any] = {"max_steps": 90, "multiplier_max": 300.0, "budget_benign_nats": 0.01}
-"""Soft insertions are many triggers: more steps, and limits that can weigh as much (docs/repair.md)."""
+_ALL: dict[str, Any] = {
+    "max_steps": 90,
+    "multiplier_max": 300.0,
+    "budget_benign_nats": 0.01,
+    "mean_decay": 0.0,
+    "budget_refusal_frac": 1.0,
+    "budget_refusal_fall_frac": 1.0,
+}
+"""Soft insertions are many triggers: more steps, and limits that can weigh as much; but none on refusing itself, and no
+mean: with these unreported triggers outlived the repair (docs/repair.md)."""
 
 
 class PatcherSettings(ReferenceSettings):
