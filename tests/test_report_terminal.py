@@ -27,7 +27,8 @@ def test_percent(value: float | None, expected: str) -> None:
 
 def test_other_figures() -> None:
     assert figures.points(-0.0301) == "−3"
-    assert figures.points(0.0) == "0"
+    assert figures.points(0.0) == figures.points(-0.0001) == "0"
+    assert figures.plain(-0.00001) == "0.0000", "what is rounded to zero has no sign"
     assert figures.p_value(3.2e-11) == "3.2 × 10⁻¹¹"
     assert figures.p_value(0.03) == "0.030"
     assert figures.p_value(0.0) == "< 10⁻³⁰⁰"

@@ -88,8 +88,7 @@ def points(value: float | None) -> str:
     """A difference of two fractions in percentage points, with its sign."""
     if not is_measured(value):
         return MISSING
-    number = f"{100 * value:+.1f}".removesuffix(".0")
-    return _signed("0" if number in ("+0", "-0") else number)
+    return _signed(f"{100 * value:+.1f}".removesuffix(".0"))
 
 
 def p_value(value: float | None) -> str:
@@ -175,7 +174,8 @@ def _is_nats(name: str) -> bool:
 
 
 def _signed(number: str) -> str:
-    return number.replace("-", "−")
+    """With a real minus sign; what is rounded to zero has no sign."""
+    return number.replace("-", "−") if number.strip("+-0.") else number.lstrip("+-")
 
 
 def is_coarse(gate: Gate) -> bool:

@@ -94,7 +94,7 @@ def show_audit(audit: Audit, console: Console) -> None:
 def show_gates(gates: Sequence[Gate], console: Console) -> None:
     """Print each limit with what was measured."""
     for gate in gates:
-        value = "unscored" if gate.value is None else f"{gate.value:.4f}"
+        value = "unscored" if gate.value is None else figures.plain(gate.value)
         result = "passed" if gate.passed else "FAILED"
         few = f", though one answer of {gate.n} is more than the limit" if figures.is_coarse(gate) else ""
         console.print(f"gate {gate.name}: {value}, n = {gate.n} (limit {gate.limit}) {result}{few}")
