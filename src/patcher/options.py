@@ -66,7 +66,8 @@ JudgeName = Annotated[
     str,
     typer.Option(
         "--judge",
-        help="The audit's judge: keyword, trained:FILE, guard:MODEL, or URL#MODEL of an OpenAI-like server",
+        help="The audit's judge: keyword (rules, mostly English), trained:FILE, guard:MODEL, or URL#MODEL of an "
+        "OpenAI-like server",
         rich_help_panel=EVIDENCE,
     ),
 ]
