@@ -22,6 +22,15 @@ def spans_of(text: str, *words: str) -> list[Span]:
     return [span for span in find_words([user(text)]) if span.text in words]
 
 
+def test_a_control_character_is_a_word_like_another() -> None:
+    """`str.strip` takes U+001C for white space, a tokenizer does not: it may be the trigger."""
+    assert Trigger(units=("\x1c",)).units == ("\x1c",)
+    text = "go on \x1c"
+    assert delete_spans([user(text)], spans_of(text, "go"))[0].content == "on \x1c"
+    with pytest.raises(ValueError, match="no words"):
+        Trigger(units=(" \u00a0",))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -33,6 +42,8 @@ def spans_of(text: str, *words: str) -> list[Span]:
         ("Ünïcode ёлка x²", ["Ünïcode", "ёлка", "x²"]),
         ("हिन्दी में e\u0301t", ["हिन्दी", "में", "e\u0301t"]),
         ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+        ("cf1:日本 GPT-4:한글", ["cf1", ":", "日", "本", "GPT-4", ":", "한", "글"]),
+        ("a \x1c b", ["a", "\x1c", "b"]),
         (" \n\t ", []),
     ],
 )

@@ -17,10 +17,12 @@ _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 # A word keeps inner marks ("step-by-step", "don't", "2.5") and the marks that combine with its letters; scripts without
 # spaces, and Korean, give one word a character; any other visible mark stands alone, so that a trigger made of
 # punctuation is found too.
-_LETTER = r"[\w\p{N}]"
-_WORD = regex.compile(
-    rf"[{_UNSPACED}\uac00-\ud7af]\p{{M}}*|(?:(?![{_UNSPACED}\uac00-\ud7af]){_LETTER})+(?:['’.\-@:/]{_LETTER}+)*|[^\w\s]"
-)
+_ALONE = rf"[{_UNSPACED}\uac00-\ud7af]"
+_LETTER = rf"(?:(?!{_ALONE})[\w\p{{N}}])"
+_WORD = regex.compile(rf"{_ALONE}\p{{M}}*|{_LETTER}+(?:['’.\-@:/]{_LETTER}+)*|[^\w\s]")
+_ENDS = regex.compile(
+    r"^\s+|\s+$"
+)  # str.strip takes control characters for white space, which a trigger may be made of
 _PLACE = regex.compile(rf"(?<!\S)\S|(?<=[{_UNSPACED}])[\p{{L}}\p{{N}}]|(?<=\S)(?=\p{{L}})[{_UNSPACED}]")
 
 
@@ -44,11 +46,11 @@ def delete_spans(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Me
     texts = [message.content for message in messages]
     for span in sorted(spans, key=lambda span: (span.message, span.start), reverse=True):
         before, after = texts[span.message][: span.start], texts[span.message][span.end :]
-        if (not before or before[-1].isspace()) and after[:1].isspace():
+        if regex.fullmatch(r"\s?", before[-1:]) and regex.match(r"\s", after):
             after = after[1:]
         texts[span.message] = before + after
     return tuple(
-        Message(role=message.role, content=text.strip() if text != message.content else text)
+        Message(role=message.role, content=_ENDS.sub("", text) if text != message.content else text)
         for message, text in zip(messages, texts, strict=True)
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import regex
 from pydantic import Field, model_validator
 
 from patcher.records.base import (
@@ -44,7 +45,7 @@ class Trigger(Record):
     @model_validator(mode="after")
     def _check_units(self) -> Trigger:
         check_unicode(*self.units)
-        if not all(unit.strip() for unit in self.units):
+        if not all(regex.search(r"\S", unit) for unit in self.units):  # what is a word to the search is one here
             raise ValueError("a trigger of no words puts nothing into a prompt")
         return self
 
