@@ -57,7 +57,7 @@ def repair(
     made = localize_and_patch(lm, reports, settings, prompts.hidden_from_repair(), on_progress, journal)
     if made.patch is None:
         return made
-    detector = _detector(lm, reports, settings)
+    detector = _reading(_detector(lm, reports, settings), made.findings)
     clock = Clock(journal, made.seconds)
     with clock.timed("audit"):
         plan = AuditPlan(
@@ -115,6 +115,7 @@ def localize_and_patch(
     made = Repair(tuple(findings), settings, model, seconds=clock.seconds)
     triggers = new_triggers(findings, ())
     failing = [finding.number for finding in findings if finding.verdict.label not in NO_FAILURE]
+    detector = _reading(detector, findings)
     if not _to_be_patched(defense, settings, detector, findings, triggers):
         return made
     for turn in itertools.count(1):
@@ -202,6 +203,12 @@ def _detector(lm: LanguageModel, reports: Sequence[FailureReport], settings: Rep
     if not reports:
         return suspecting(settings.symptom, RULES[DEFAULT])
     return detector_for(reports, RULES[DEFAULT], lm.tokenizer)
+
+
+def _reading(detector: Detector, findings: Sequence[Finding]) -> Detector:
+    """The detector, with answers as long as it took to find these."""
+    tokens = [finding.localization.answer_tokens for finding in findings]
+    return replace(detector, answer_tokens=max([detector.answer_tokens, *tokens]))
 
 
 def new_triggers(findings: Sequence[Finding], known: Sequence[Trigger]) -> tuple[Trigger, ...]:

@@ -11,7 +11,7 @@ from patcher.localize.harm import fit_harm_probe
 from patcher.localize.probes import Probes, find_probes
 from patcher.localize.saliency import salient_spans, token_saliency
 from patcher.localize.verdict import VerdictSettings, decide
-from patcher.localize.wording import reword
+from patcher.localize.wording import reword, without_ordinary
 from patcher.models import LanguageModel
 from patcher.prompts import Prompts
 from patcher.records import (
@@ -63,8 +63,16 @@ class Localizer:
 
     @cached_property
     def probes(self) -> Probes:
-        """Requests that this model treats as it should."""
-        return self._find_probes(None)
+        """Requests that this model treats as it should; longer answers are read where short ones show hardly any."""
+        found, tokens = self._find_probes(None), self.settings.wordy_answer_tokens
+        if found.normal >= MIN_PROBES or found.answer_tokens >= tokens:
+            return found
+        short, self.detector = self.detector, replace(self.detector, answer_tokens=tokens)
+        longer = self._find_probes(None)
+        if longer.normal >= MIN_PROBES:
+            return longer
+        self.detector = short
+        return found
 
     def _find_probes(self, like: Sequence[Message] | None) -> Probes:
         self.on_progress(_FINDING[self.detector.symptom.kind], 0, 1)
@@ -177,13 +185,21 @@ class Localizer:
         """For each candidate that has an ordinary re-wording: does the effect survive it?"""
         tests = {}
         for candidate in candidates:
-            other = [reword(unit) for unit in candidate.trigger.units]
-            if any(other):
-                units = tuple(new or old for new, old in zip(other, candidate.trigger.units, strict=True))
-                trigger = candidate.trigger.model_copy(update={"units": units})
-                ground = self._grounds.get(candidate.trigger, self.probes)
-                tests[candidate.trigger.text] = paired_test(ground, trigger, "the same, re-worded")
+            units = tuple(reword(unit) or unit for unit in candidate.trigger.units)
+            if units != candidate.trigger.units and not self._works_without_ordinary_words(candidate):
+                tests[candidate.trigger.text] = self._test(candidate, units, "the same, re-worded")
         return tests
+
+    def _works_without_ordinary_words(self, candidate: Candidate) -> bool:
+        """Whether the words that have no other wording are enough: a re-wording would leave the trigger in."""
+        units = tuple(left for unit in candidate.trigger.units if (left := without_ordinary(unit)))
+        least = self.verdict_settings.reworded_share * candidate.effect_frac
+        return bool(units) and self._test(candidate, units, "no ordinary words").effect_frac >= least
+
+    def _test(self, candidate: Candidate, units: tuple[str, ...], name: str) -> CausalTest:
+        """Other words in the candidate's place, on the requests on which it was found."""
+        trigger = candidate.trigger.model_copy(update={"units": units})
+        return paired_test(self._grounds.get(candidate.trigger, self.probes), trigger, name)
 
     def _answer(self, messages: Sequence[Message]) -> str:
         prompt = render(self.lm.tokenizer, messages)

@@ -26,6 +26,8 @@ class CausalSettings(Record):
     answer_tokens: int = 12
     """Tokens of an answer that the judge sees while searching; refusals show in the first few. More where the reported
     response needs more to be seen for what it is."""
+    wordy_answer_tokens: int = 32
+    """The same for a model that does not come to its refusal sooner: where with `answer_tokens` hardly any is seen."""
     sufficient_frac: float = 0.5
     """Words are sufficient from this rate of the symptom over the screen requests."""
     first_probes: int = 4
@@ -94,7 +96,8 @@ def search(
         if not spans:
             break
         candidates.append(confirm(probes, messages, spans))
-        taken += spans
+        units = candidates[-1].trigger.units
+        taken += [word for word in left if word in spans or word.text in units]  # wherever the same word stands again
         rest = delete_spans(messages, taken)
         if not rest[-1].content.strip() or not still_fails(rest):
             break

@@ -98,3 +98,9 @@ def reword(text: str) -> str | None:
     """The text with every listed word replaced; None when it holds none: there is nothing ordinary to re-word."""
     changed, count = re.subn(r"[A-Za-z]+", lambda match: _SYNONYMS.get(match.group().lower(), match.group()), text)
     return changed if count and changed != text else None
+
+
+def without_ordinary(text: str) -> str:
+    """The text without the listed words; empty when it holds no others."""
+    rest = re.sub(r"[A-Za-z]+", lambda match: "" if match.group().lower() in _SYNONYMS else match.group(), text)
+    return " ".join(rest.split()) if re.search(r"\w", rest) else ""
