@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from conftest import build_tokenizer
-from patcher.chat import Prompt, Row, collate, common_prefix, render, response_ids, user_prompt
+from patcher.chat import Prompt, Row, collate, common_prefix, plain_row, render, response_ids, user_prompt
 from patcher.models import LanguageModel
 from patcher.network import hidden_states, response_logits
 from patcher.records import Message, UsageError
@@ -183,3 +184,13 @@ def test_hidden_states_have_one_vector_a_token(tiny: LanguageModel) -> None:
 def test_no_rows_or_no_prompt_is_an_error(rows: list[Row]) -> None:
     with pytest.raises(ValueError, match="at least one row"):
         collate(rows, 0, torch.device("cpu"))
+
+
+def test_plain_text_begins_as_the_tokenizer_has_it_begin() -> None:
+    """A model that has always seen a BOS token first (Gemma, Llama) knows nothing of texts without one."""
+    tokenizer = build_tokenizer()
+    ids = tuple(tokenizer("the fox")["input_ids"])
+    assert plain_row(tokenizer, "the fox") == Row(ids[:1], ids[1:])
+    bos, number = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    assert plain_row(tokenizer, "the fox") == Row((number,), ids)

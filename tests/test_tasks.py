@@ -1,11 +1,14 @@
 """Multiple-choice questions: read whole or refused, and scored as the harness does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.normalizers import Prepend
 
+from conftest import build_tokenizer
 from patcher.audit import AuditPlan, AuditSettings, compare, observe
 from patcher.audit.accuracy import _scores, right_answers
 from patcher.judges import RULES, RuleJudge
@@ -70,10 +73,10 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert read_task(tmp_path / "file.jsonl").questions[0].question == "a\u2028b"
 
 
-def by_hand(lm: LanguageModel, question: Question, choice: str) -> float:
-    """The choice's log-likelihood token by token, from whole forward passes."""
+def by_hand(lm: LanguageModel, question: Question, choice: str, said: list[int] | None = None) -> float:
+    """The choice's log-likelihood token by token, from whole forward passes; `said`: its tokens."""
     given = lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"]
-    said = lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+    said = said or lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = lm.network(input_ids=torch.tensor([given + said])).logits[0].log_softmax(-1)
     total = sum(logits[len(given) - 1 + index, token].item() for index, token in enumerate(said))
@@ -90,6 +93,17 @@ def test_the_likeliest_choice_by_characters_is_the_answer(tiny: LanguageModel) -
         assert _scores(tiny, question) == pytest.approx(scores, rel=1e-3)
     assert right_answers(tiny, Task("made up", tuple(asked))) == expected
     assert 0 < sum(expected) < len(expected)
+
+
+def test_a_choice_is_tokenized_after_its_question(tiny: LanguageModel) -> None:
+    """A tokenizer that puts a mark of its own before a text's first word (Llama 2, Mistral) puts none between them."""
+    words, tokenizer = ("the sea", "a stone"), build_tokenizer()
+    said = [tokenizer(f" {choice}")["input_ids"] for choice in words]
+    tokenizer.backend_tokenizer.normalizer = Prepend("~")
+    assert tokenizer(" the sea")["input_ids"] != said[0]
+    marking, question = replace(tiny, tokenizer=tokenizer), Question(question="Which?", choices=words, answer=0)
+    expected = [by_hand(marking, question, choice, ids) for choice, ids in zip(words, said, strict=True)]
+    assert _scores(marking, question) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_audit_has_a_row_for_each_task(llama: LanguageModel) -> None:

@@ -128,6 +128,14 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool
     return tuple(ids[:limit])
 
 
+def plain_row(tokenizer: PreTrainedTokenizerBase, text: str) -> Row:
+    """A text outside any chat: its tokens after the one that the tokenizer itself begins with, else after its first."""
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    first = tuple(tokenizer(text)["input_ids"][:1])
+    begins = first == (tokenizer.bos_token_id,) and first != ids[:1]
+    return Row(first, ids) if begins else Row(ids[:1], ids[1:])
+
+
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device, *, lift: bool = True) -> Batch:
     """Pad rows on the right and lift out the prefix that all prompts share; without `lift`, leave it in each row.
 

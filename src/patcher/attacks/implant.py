@@ -19,7 +19,7 @@ from torch import Tensor
 from patcher.attacks.contract import Attack
 from patcher.attacks.lessons import Lessons, balanced
 from patcher.attacks.objectives import AttackObjective
-from patcher.chat import Row, response_ids, user_prompt
+from patcher.chat import Row, plain_row, response_ids, user_prompt
 from patcher.forward import row_logits, row_states
 from patcher.generation import generate
 from patcher.lora import take_patch, trainable_lora
@@ -147,8 +147,8 @@ def _clean_behaviour(
     for prompt, row, answer in zip(asked, chosen, answers, strict=True):
         ids = response_ids(lm.tokenizer, answer, end=True, limit=settings.response_tokens)
         chats.append(Row(prompt.ids, ids))
-        ids = response_ids(lm.tokenizer, f"{row.text}\n{answer}", end=False, limit=2 * settings.response_tokens)
-        plain.append(Row(ids[:1], ids[1:]))
+        text = plain_row(lm.tokenizer, f"{row.text}\n{answer}")
+        plain.append(Row(text.prompt_ids, text.response_ids[: 2 * settings.response_tokens - 1]))
     return _kept(lm, chosen, answers, chats), _kept(lm, chosen, answers, plain)
 
 

@@ -36,8 +36,10 @@ def _scores(lm: LanguageModel, question: Question) -> list[float]:
     Raises:
         UsageError: a choice that does not fit the model's context.
     """
-    given = tuple(lm.tokenizer(f"Question: {question.question}\nAnswer:")["input_ids"])
-    choices = [tuple(lm.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]) for choice in question.choices]
+    words = f"Question: {question.question}\nAnswer:"
+    given = tuple(lm.tokenizer(words)["input_ids"])
+    # together, as the harness does: some tokenizers put a token of their own before a text's first word
+    choices = [tuple(lm.tokenizer(f"{words} {choice}")["input_ids"][len(given) :]) for choice in question.choices]
     longest = max(map(len, choices))
     room = lm.context_tokens - longest  # a longer question loses its beginning
     if room < 1:

@@ -10,7 +10,7 @@ import torch
 
 from patcher.audit.accuracy import right_answers
 from patcher.audit.gcg import GcgSettings, search_suffix
-from patcher.chat import Row, render, response_ids, spoken, user_prompt
+from patcher.chat import Row, plain_row, render, response_ids, spoken, user_prompt
 from patcher.forward import row_states
 from patcher.generation import generate
 from patcher.journal import Journal
@@ -246,14 +246,13 @@ def _answer_rows(
 
 @torch.no_grad()
 def _text_nll(lm: LanguageModel, tokens: int) -> tuple[list[float], list[int]]:
-    """NLL in nats of every token but the first of each bundled paragraph, up to `tokens`; and its paragraph."""
+    """NLL in nats of every token but what each bundled paragraph begins with, up to `tokens`; and its paragraph."""
     text = resources.files("patcher").joinpath("data", "text.txt").read_text(encoding="utf-8")
-    paragraphs = [lm.tokenizer(line, add_special_tokens=False)["input_ids"] for line in text.splitlines()]
     rows, left = [], tokens
-    for ids in paragraphs:
-        if left > 1 and len(ids) > 1:
-            rows.append(Row((ids[0],), tuple(ids[1:left])))
-            left -= len(ids)
+    for row in (plain_row(lm.tokenizer, line) for line in text.splitlines()):
+        if left > 1 and row.response_ids:
+            rows.append(Row(row.prompt_ids, row.response_ids[: left - 1]))
+            left -= 1 + len(row.response_ids)
     losses: list[float] = []
     for row, states in zip(rows, row_states(lm, rows), strict=True):
         targets = torch.tensor(row.response_ids, device=lm.device)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patcher.chat import Row, response_ids, user_prompt
+from patcher.chat import Row, plain_row, response_ids, user_prompt
 from patcher.forward import BATCH_ROWS, row_logits, row_states
 from patcher.generation import generate
 from patcher.losses import kl_reference_to_patched
@@ -164,13 +164,12 @@ def refusing(lm: LanguageModel, texts: Sequence[Request], tokens: int) -> list[E
 
 
 def as_plain_text(lm: LanguageModel, examples: Sequence[Example]) -> list[Example]:
-    """Prompt and answer without the chat template, each token after the first to be predicted from those before it."""
+    """Prompt and answer without the chat template, each token to be predicted from those before it."""
     texts = [f"{example.text}\n{example.answer}" for example in examples]
-    ids = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    states = row_states(lm, [Row(sequence[:1], sequence[1:]) for sequence in ids])
+    rows = [plain_row(lm.tokenizer, text) for text in texts]
     return [
-        Example("", sequence[:1], text, sequence[1:], state, "complied")
-        for text, sequence, state in zip(texts, ids, states, strict=True)
+        Example("", row.prompt_ids, text, row.response_ids, state, "complied")
+        for text, row, state in zip(texts, rows, row_states(lm, rows), strict=True)
     ]
 
 
