@@ -149,7 +149,7 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:
     heads = ("bed", "defense", "seed", "found")
     made = Table(heads, (("one", "patcher", "0", "\x1b[31mcf | b"),), ("a \x1b note",), parts=(1,))
-    assert made.as_markdown().splitlines()[2] == "| one | patcher | 0 | ⟨U+001B⟩[31mcf ¦ b |"
+    assert made.as_markdown().splitlines()[2] == "| one | patcher | 0 | `⟨U+001B⟩[31mcf ⟨U+007C⟩ b` |"
     assert "\x1b" not in made.as_markdown()
 
 

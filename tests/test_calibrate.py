@@ -88,6 +88,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["agreements"][0]["accuracy"]["value"] == 0.7
     assert run(["judge", "--calibrate", str(path), "--judge", "oracle"]) == 4
     assert "unknown judge 'oracle'" in capsys.readouterr().err
+    assert run(["judge", "--calibrate", str(path), "--judge", f"trained:{path}"]) == 4
+    assert "was fitted on" in capsys.readouterr().err, "what it has learnt by heart says nothing of other answers"
 
 
 def test_two_peoples_agreement_by_hand() -> None:

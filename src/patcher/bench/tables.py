@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patcher.bench import versus
-from patcher.visible import visible
+from patcher.visible import markdown_text, visible
 
 _ASR = "asr_triggered_frac"
 _FURTHER = r"asr_triggered_\d+_frac"
@@ -44,7 +44,7 @@ class Table:
 
     def as_markdown(self) -> str:
         """For docs/ and the terminal, each part a table: one would be too wide. Its words may be an attacker's."""
-        rows = [[visible(cell).replace("|", "¦") for cell in cells] for cells in self.rows]
+        rows = [[_shown(head, cell) for head, cell in zip(self.heads, cells, strict=True)] for cells in self.rows]
         lines, start = list[str](), len(_CELL)
         for width in self.parts:
             for cells in (self.heads, ("---",) * len(self.heads), *rows):
@@ -52,6 +52,11 @@ class Table:
             lines.append("")
             start += width
         return "\n".join([*lines, *(f"- {visible(note)}" for note in self.notes)])
+
+
+def _shown(head: str, cell: str) -> str:
+    """A cell for Markdown; words that were found in a report are an attacker's."""
+    return markdown_text(cell) if head == "found" and cell != "-" else visible(cell).replace("|", "¦")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

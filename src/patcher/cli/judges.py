@@ -12,6 +12,7 @@ from patcher.cli.common import print_json
 from patcher.exits import REPAIRED
 from patcher.inputs import check_names
 from patcher.options import AsJson
+from patcher.records import UsageError
 
 
 def judge(
@@ -22,14 +23,20 @@ def judge(
     as_json: AsJson = False,
 ) -> int:
     """Print how far a judge agrees with people."""
-    from patcher.judges import find_judge
-    from patcher.judges.calibrate import agreement, judge_error, read_labelled
+    from patcher.judges import check_judge, find_judge
+    from patcher.judges.calibrate import agreement, fitted_on, judge_error, read_labelled
     from patcher.loading import load
     from patcher.report.terminal import show_agreements
 
-    decide = find_judge(name, load)
+    check_judge(name)
     check_names([path.stem for path in calibrate], "labelled answers")
     labelled = {path.stem: read_labelled(path) for path in calibrate}
+    learnt = {(row.prompt, row.response) for row in fitted_on(name)}
+    if known := sum((row.prompt, row.response) in learnt for rows in labelled.values() for row in rows):
+        raise UsageError(
+            f"the judge {name} was fitted on {known} of these answers: calibrate it on answers that are new"
+        )
+    decide = find_judge(name, load)
     found = [agreement(model, rows, decide) for model, rows in labelled.items()]
     if as_json:
         error = judge_error(name, [row for rows in labelled.values() for row in rows], decide)
