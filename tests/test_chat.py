@@ -5,7 +5,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from conftest import build_tokenizer
-from patcher.chat import Prompt, Row, collate, common_prefix, plain_row, render, response_ids, user_prompt
+from patcher.chat import Prompt, Row, collate, common_prefix, end_of_turn, plain_row, render, response_ids, user_prompt
 from patcher.models import LanguageModel
 from patcher.network import hidden_states, response_logits
 from patcher.records import Message, UsageError
@@ -194,3 +194,16 @@ def test_plain_text_begins_as_the_tokenizer_has_it_begin() -> None:
     bos, number = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
     assert plain_row(tokenizer, "the fox") == Row((number,), ids)
+
+
+def test_an_answer_ends_as_the_template_ends_it() -> None:
+    """Gemma's and Phi-3's turns end in another token than EOS."""
+    tokenizer = build_tokenizer()
+    end = int(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_turn(tokenizer) == end != tokenizer.eos_token_id
+    assert response_ids(tokenizer, "Sure", end=True, limit=16)[-1] == end
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
+    )
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id, "a template that ends no turn"

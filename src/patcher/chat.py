@@ -10,6 +10,9 @@ from patcher.network import Batch
 from patcher.records import Message, Request, UsageError
 from patcher.world import processes
 
+_MARK = "\ue000"
+"""What no message holds."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -58,11 +61,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
     template: what is searched and repaired must be what the model saw. Only a guard is spared them (judges/guard.py).
     """
     turns = [message.model_dump() for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise errors of their own making, of any class
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-    assert isinstance(text, str)
+    text = _templated(tokenizer, turns, answering=True)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return Prompt(
         text,
@@ -73,6 +72,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
     )
 
 
+def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, answering: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answering)
+    except Exception as error:  # templates raise errors of their own making, of any class
+        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
 def _content_starts(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
 ) -> tuple[int | None, ...]:
@@ -81,10 +89,9 @@ def _content_starts(
     The template is rendered again with marks instead of words: to look for the words themselves would find a short
     one ("user") in the template's own text.
     """
-    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    marks = [f"{_MARK}{index}\ue001" for index in range(len(messages))]
     turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    skeleton = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(skeleton, str)
+    skeleton = _templated(tokenizer, turns, answering=True)
     starts: list[int | None] = []
     read, written = 0, 0  # how far we are in the skeleton and in the text
     for message, mark in zip(messages, marks, strict=True):
@@ -123,9 +130,18 @@ def spoken(request: Request) -> str:
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool, limit: int) -> tuple[int, ...]:
     """The response's tokens, at most `limit`; with `end`, the end-of-turn token if it still fits."""
     ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    if end and tokenizer.eos_token_id is not None:
-        ids.append(int(tokenizer.eos_token_id))
+    if end and (ending := end_of_turn(tokenizer)) is not None:
+        ids.append(ending)
     return tuple(ids[:limit])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template ends an answer with (Gemma's and Phi-3's is not EOS); EOS where it has none."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+    after = _templated(tokenizer, turns, answering=False).partition(_MARK)[2]
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((int(token) for token in ids if token in special), tokenizer.eos_token_id)
 
 
 def plain_row(tokenizer: PreTrainedTokenizerBase, text: str) -> Row:

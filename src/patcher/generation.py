@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from patcher.chat import Prompt, common_prefix
+from patcher.chat import Prompt, common_prefix, end_of_turn
 from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.records import UsageError
@@ -107,6 +107,7 @@ def _without_own_settings(network: Any) -> Iterator[Any]:
 def _stop_ids(lm: LanguageModel) -> list[int]:
     """Every end-of-turn token the model or its tokenizer names."""
     generation = getattr(lm.network, "generation_config", None)
-    named = (getattr(generation, "eos_token_id", None), lm.network.config.eos_token_id, lm.tokenizer.eos_token_id)
+    own = (lm.tokenizer.eos_token_id, end_of_turn(lm.tokenizer))
+    named = (getattr(generation, "eos_token_id", None), lm.network.config.eos_token_id, *own)
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
     return sorted({int(item) for item in flat if item is not None})
