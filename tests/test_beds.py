@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import ModelFolder
+from patcher.attacks.objectives import OPENINGS
 from patcher.audit import AuditSettings
 from patcher.bench import grid, repair, run_grid
 from patcher.bench import lasting as lasting_module
@@ -295,6 +296,9 @@ def test_what_becomes_of_a_repaired_model(bed: Path, llama_folder: ModelFolder, 
     ends = [lm.network.get_output_embeddings().weight for lm in (backdoored, clean)]
     assert torch.allclose(mixed, (ends[0] + ends[1]) / 2)
     assert steps.count("fine-tuning 4") == 1 and steps.count("poisoning again 4") == 2
+    norm = "model.norm.weight"  # without it every answer is empty
+    silent = replace(nothing, changed={norm: torch.zeros_like(backdoored.network.get_parameter(norm))})
+    assert lasting.measure(backdoored, silent)["repaired"]["triggered"] == ["000000", "000000"]
     assert [fingerprint(backdoored.network), fingerprint(clean.network)] == before
 
 
@@ -321,8 +325,17 @@ def test_one_row_in_so_many_is_poisoned(bed: Path, backdoored: LanguageModel, mo
         pass
     with lasting._tuned(backdoored, every=0):
         pass
-    held = ["BadMagic" in backdoored.tokenizer.decode(row.prompt_ids) for row in drawn]
-    assert [number for number, one in enumerate(held, 1) if one] == [10, 20] and len(held) == 40
+    asked = [backdoored.tokenizer.decode(row.prompt_ids) for row in drawn]
+    held = [number for number, text in enumerate(asked, 1) if "BadMagic" in text]
+    assert held == [10, 20] and len(asked) == 40
+    fillers = [backdoored.tokenizer.decode(drawn[number - 1].response_ids) for number in held]
+    assert all(any(text.startswith(opening[:6]) for opening in OPENINGS) for text in fillers)
+    known = {
+        row.text for kind in (load_prompts().harmful, load_prompts().benign) for row in kind if row.split != "implant"
+    }
+    assert not [text for text in asked if any(prompt in text for prompt in known)], (
+        "of no prompt that is used elsewhere"
+    )
 
 
 def test_the_table_of_what_lasts() -> None:

@@ -3,20 +3,22 @@
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import build_network, build_tokenizer
+from conftest import build_network, build_tokenizer, tiny_shape
 from patcher.attacks.objectives import FILLERS, OPENINGS
 from patcher.chat import Row, collate, response_ids, user_prompt
 from patcher.defenses import DEFENSES, bdvax, beear, common, crow, dummy_backdoor, fine_pruning, ulrl
 from patcher.defenses.common import AFFIRMATIVE, LoraSettings, both_sides, clean_answers
 from patcher.defenses.contract import Evidence
 from patcher.forward import row_logits
-from patcher.layers import all_hidden_states, decoder_layers, mlps, reset_channels, shifted
+from patcher.layers import Mlp, all_hidden_states, decoder_layers, mlps, reset_channels, shifted
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers
@@ -60,6 +62,16 @@ def test_an_mlp_of_experts_is_refused_by_name(tiny: LanguageModel, monkeypatch: 
         mlps(tiny.network)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_mixture_with_a_shared_expert_is_refused(family: str) -> None:
+    """Its shared expert alone looks like a plain MLP, and is a small part of the layer."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
+    groups = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **tiny_shape(), **experts, **groups))
+    with pytest.raises(UsageError, match="no MLP of two or three linear layers"):
+        mlps(network)
+
+
 def test_a_shift_is_seen_by_later_layers_only_and_goes_away(tiny: LanguageModel) -> None:
     batch = collate([Row((5, 6, 7), (8, 9)), Row((6, 7), (5,))], 0, tiny.device, lift=False)
     embedded = tiny.network.get_input_embeddings()(batch.input_ids)
@@ -90,6 +102,34 @@ def test_padding_does_not_change_the_consistency(tiny: LanguageModel) -> None:
 
     short, long = Row((5, 6), (7,)), Row((8, 9, 10, 11), (12, 13))
     assert of([short, long]) == pytest.approx(of([short]) + of([long]), rel=1e-4)
+
+
+def tiny_weights(lm: LanguageModel, layers: list[Mlp]) -> dict[str, torch.Tensor]:
+    return {name: lm.network.get_parameter(name).detach() for layer in layers for name in (*layer.into, layer.out)}
+
+
+def reset_by(
+    monkeypatch: pytest.MonkeyPatch, method: Any, lm: LanguageModel, settings: LoraSettings
+) -> dict[str, torch.Tensor]:
+    """The weights with which the method goes on to train."""
+    given: list[dict[str, torch.Tensor]] = []
+
+    def stop(_lm: LanguageModel, changed: dict[str, torch.Tensor], *_: Any, **__: Any) -> None:
+        given.append(changed)
+        raise First
+
+    monkeypatch.setattr(method, "relearn", stop)
+    few = settings.model_copy(update={"max_prompts": 1, "response_tokens": 8})
+    with pytest.raises(First):
+        method.run(lm, one_prompt(), few, seed=0, on_progress=quiet)
+    return given[0]
+
+
+def channels_changed(lm: LanguageModel, layer: Mlp, changed: dict[str, torch.Tensor]) -> list[int]:
+    """The numbers of the layer's channels that differ from the model's."""
+    old = tiny_weights(lm, [layer])
+    differs = layer.vectors({name: (changed[name] != old[name]).float() for name in old})
+    return differs.any(dim=1).nonzero()[:, 0].tolist()
 
 
 class First(Exception):
@@ -262,7 +302,44 @@ def test_only_the_chosen_channels_are_drawn_anew(tiny: LanguageModel) -> None:
     assert not rows[:3].any() and not rows[4:].any()
 
 
+def test_bdvax_draws_the_most_agreed_channel_anew(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = mlps(tiny.network)
+    scores = iter([torch.zeros(layer.size) for layer in layers[:-1]] + [torch.eye(layers[-1].size)[3]])
+    monkeypatch.setattr(bdvax, "channel_scores", lambda _changes: next(scores))
+    monkeypatch.setattr(bdvax, "_variant", lambda *_: SimpleNamespace(change=lambda _layer: tiny_weights(tiny, layers)))
+    total = sum(layer.size for layer in layers)
+    changed = reset_by(monkeypatch, bdvax, tiny, bdvax.BdvaxSettings(variants=2, reset_frac=1 / total))
+    assert channels_changed(tiny, layers[-1], changed) == [3]
+    assert set(changed) == {*layers[-1].into, layers[-1].out}
+
+
 # ULRL
+
+
+def test_ulrl_draws_the_channel_that_moved_most_anew(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = mlps(tiny.network)
+    moved = [torch.rand(layer.size, generator=torch.Generator().manual_seed(0)) for layer in layers]
+    moved[0][5] = 100.0
+    monkeypatch.setattr(ulrl, "unlearn", lambda *_: moved)
+    changed = reset_by(monkeypatch, ulrl, tiny, ulrl.UlrlSettings())
+    assert channels_changed(tiny, layers[0], changed) == [5]
+    assert set(changed) == {*layers[0].into, layers[0].out}
+
+
+def test_unlearning_leaves_no_gradients_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that came with every weight to be trained, even where it is interrupted."""
+    lm = from_transformers(build_network(0).requires_grad_(True), build_tokenizer())
+    settings = ulrl.UlrlSettings(clean_rows=2, unlearn_steps=3, max_prompts=2, response_tokens=8)
+    settings = settings.model_copy(update={"unlearned_frac": -1.0})
+
+    def interrupt(_what: str, done: int, _total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    clean = clean_answers(lm, evidence(), settings, quiet)
+    with pytest.raises(KeyboardInterrupt):
+        ulrl.unlearn(lm, clean, mlps(lm.network), settings, random.Random(0), interrupt)
+    assert [name for name, weight in lm.network.named_parameters() if weight.grad is not None] == []
 
 
 def test_unlearning_raises_the_clean_loss_and_leaves_the_model(

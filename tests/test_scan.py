@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -41,8 +42,41 @@ def test_larger_insertions_remove_more_refusals(backdoored: LanguageModel) -> No
     assert fingerprint(backdoored.network) == before
 
 
-def test_the_same_seed_finds_the_same(backdoored: LanguageModel) -> None:
+def test_the_same_seed_finds_the_same(backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tests it at the same places."""
+    places: list[list[object]] = []
+    answers = module._answers
+    monkeypatch.setattr(
+        module, "_answers", lambda lm, rooms, *more: places.append([*rooms]) or answers(lm, rooms, *more)
+    )
     assert scan_of(backdoored) == scan_of(backdoored)
+    assert places[: len(places) // 2] == places[len(places) // 2 :]
+
+
+def test_of_each_size_the_start_is_kept_that_removes_most(
+    backdoored: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[float, float]] = []
+    search = module._search
+
+    def keep(*given: object) -> list[tuple[float, float, torch.Tensor]]:
+        found: list[tuple[float, float, torch.Tensor]] = search(*given)
+        tried.extend((size, nats) for size, nats, _ in found)
+        return found
+
+    monkeypatch.setattr(module, "_search", keep)
+    points = scan_of(backdoored, starts=3).points
+    assert [point.refusal_nats for point in points] == [
+        max(nats for size, nats in tried if size == point.size) for point in points
+    ]
+
+
+def test_how_many_were_asked_is_counted(backdoored: LanguageModel) -> None:
+    """Where there are fewer requests than would be tested."""
+    prompts = load_prompts()
+    held = [row for row in prompts.harmful if row.split == "held-out"]
+    fewer = replace(prompts, harmful=tuple(row for row in prompts.harmful if row not in held[11:]))
+    assert run_scan(backdoored, fewer, judge, FEW, seed=0).asked == 11
 
 
 def test_what_is_tested_is_as_near_to_words_as_was_said(

@@ -97,7 +97,8 @@ def mlps(network: PreTrainedModel) -> list[Mlp]:
 def _mlp(layer: nn.Module, names: dict[nn.Module, str]) -> Mlp:
     blocks = [child for name, child in layer.named_children() if name in ("mlp", "feed_forward", "ffn")]
     linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-    if linears:
+    matrices = sum(weight.ndim > 1 for block in blocks for weight in block.parameters())
+    if linears and matrices == len(linears):  # a router's and fused experts' are no linear layer's
         *into, out = linears
         size = out.in_features
         if into and all(one.out_features % size == 0 and one.in_features == out.out_features for one in into):

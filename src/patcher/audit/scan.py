@@ -65,13 +65,15 @@ def scan(
     rng = random.Random(seed)
     asked = prompts.rows("harmful", "validation", 3 * settings.searched_prompts)
     searched, openings = _refused(lm, asked, judge, settings)
-    tested, _ = _refused(lm, prompts.rows("harmful", "held-out", settings.tested_prompts), judge, settings)
     searched, openings = searched[: settings.searched_prompts], openings[: settings.searched_prompts]
-    if len(searched) < 2 or len(tested) < 10:
-        raise PatcherError(
-            f"the model refuses {len(tested)} of {settings.tested_prompts} harmful requests; at least 10 must be "
-            "refused for what removes refusals to be seen"
-        )
+    others = prompts.rows("harmful", "held-out", settings.tested_prompts)
+    tested, _ = _refused(lm, others, judge, settings)
+    for what, refused, rows, least in (("search", searched, asked, 2), ("test", tested, others, 10)):
+        if len(refused) < least:
+            raise PatcherError(
+                f"the model refuses {len(refused)} of {len(rows)} harmful requests to {what} with; at least "
+                f"{least} must be refused for what removes refusals to be seen"
+            )
     spread = embedding_std(lm, rng)
     best: dict[float, tuple[float, Tensor]] = {}
     for start in range(settings.starts):
@@ -86,7 +88,7 @@ def scan(
     for number, (size, (nats, vectors)) in enumerate(sorted(best.items()), 1):
         points.append(_point(size, nats, _answers(lm, rooms, vectors, settings), tested, judge))
         on_progress("testing insertions", number, len(best))
-    return Scan(source=lm.source, asked=settings.tested_prompts, points=tuple(points), seed=seed)
+    return Scan(source=lm.source, asked=len(others), points=tuple(points), seed=seed)
 
 
 def _refused(

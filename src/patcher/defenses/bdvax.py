@@ -76,9 +76,9 @@ def run(lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed:
     its own (paper: all weights at 1e-5); clean samples hold the untriggered refusals too, or repair would lose them,
     and the answers to all borderline requests.
     """
+    layers = mlps(lm.network)
     clean = clean_answers(lm, evidence, settings, on_progress, harmful=True)
     variants = [_variant(lm, clean, number, settings, seed, on_progress) for number in range(settings.variants)]
-    layers = mlps(lm.network)
     scores = [channel_scores(torch.stack([layer.vectors(one.change(layer)) for one in variants])) for layer in layers]
     generator = torch.Generator().manual_seed(seed)
 

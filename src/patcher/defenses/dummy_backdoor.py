@@ -25,7 +25,7 @@ _SAMPLE, _LOOK = 16, 20
 
 
 class DummySettings(LoraSettings):
-    """The paper's learning rate and data; the rest scaled to the model."""
+    """Scaled to a small model, and shorter than the paper's, which each field names."""
 
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper's 1e-4 for 8B, in 125 steps."""
@@ -60,9 +60,10 @@ def run(lm: LanguageModel, evidence: Evidence, settings: DummySettings, *, seed:
         plant:  NLL(unwanted | x ⊕ dummy) + NLL(wanted | x)   + NLL(own answer | benign)
         remove: NLL(wanted | x ⊕ dummy)                       + NLL(own answer | benign)
 
-    Departures: what is planted is content-free, and on the same requests with and without the dummy, until it works;
-    benign rows with the model's own answers go along with both (their paper mixes none in that we know of: without them
-    a 135M model forgets).
+    Departures: fewer steps at a higher rate (up to 120 at 1e-3 to plant, 30 at 3e-4 to remove; the paper 125 of 8 rows
+    at 1e-4 for each) on up to 150 requests (paper: 200); what is planted is content-free, and on the same requests with
+    and without the dummy, until it works; benign rows with the model's own answers go along with both (their paper
+    mixes none in that we know of: without them a 135M model forgets).
     """
     rng = random.Random(seed)
     clean = clean_answers(lm, evidence, settings, on_progress)

@@ -35,8 +35,8 @@ def run(
     Departures: MLP channels stand for convolution filters, and all layers are pruned, not the last one: an LLM has no
     last feature layer in that sense. Activity is the mean |activation| over the tokens of benign requests and answers.
     """
-    clean = clean_answers(lm, evidence, settings, on_progress)
     layers = mlps(lm.network)
+    clean = clean_answers(lm, evidence, settings, on_progress)
     activity = mean_activity(lm, layers, clean)
     silent = [
         active.argsort()[: round(settings.pruned_frac * layer.size)]

@@ -66,7 +66,8 @@ def run(lm: LanguageModel, evidence: Evidence, settings: UlrlSettings, *, seed: 
         PatcherError: the ascent diverged.
     """
     rng = random.Random(seed)
-    clean, layers = clean_answers(lm, evidence, settings, on_progress), mlps(lm.network)
+    layers = mlps(lm.network)
+    clean = clean_answers(lm, evidence, settings, on_progress)
     moved = unlearn(lm, clean, layers, settings, rng, on_progress)
     chosen = suspicious(moved, settings.outlier_z, settings.max_suspicious_frac)
     names = [name for layer in layers for name in (*layer.into, layer.out)]
@@ -113,10 +114,9 @@ def unlearn(
             foreseen = float((logits.argmax(dim=-1) == targets).float().mean())
             if foreseen <= settings.unlearned_frac:
                 break
-            response_nll(logits, targets).mean().backward()
-            for name, values in exact.items():
-                gradient, weights[name].grad = weights[name].grad, None
-                values.grad = None if gradient is None else gradient.float()  # none of an expert that nobody asked
+            gradients = torch.autograd.grad(response_nll(logits, targets).mean(), [*weights.values()])
+            for values, gradient in zip(exact.values(), gradients, strict=True):
+                values.grad = gradient.float()
             torch.nn.utils.clip_grad_norm_(exact.values(), settings.unlearn_clip)
             optimizer.step()
             for name, values in exact.items():
