@@ -4,6 +4,8 @@ So a defense cannot see an attack's trigger or the audit, whatever anyone writes
 """
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,12 @@ def test_no_optional_package_is_needed_at_import(package: str) -> None:
             if any(module.split(".")[0] == package for module in modules):
                 imported.add(name_of(path))
     assert not imported
+
+
+def test_the_public_names_are_listed() -> None:
+    """For completion, before any of them has been used; and their types go with the package."""
+    listed = subprocess.run(
+        [sys.executable, "-c", "import patcher; print(*dir(patcher))"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {*patcher.__all__} <= {*listed}
+    assert (Path(patcher.__file__).parent / "py.typed").exists()

@@ -5,6 +5,9 @@ import patcher
 lm = patcher.load("smollm2-backdoored")
 made = patcher.repair(lm, patcher.FailureReport.from_prompt("..."))
 made.save("out")
+
+`load` and `from_transformers` open a model; `repair` takes it, a `FailureReport` (or several) of `Message`s, and
+`RepairSettings`; a `Trigger` is what was found. The stages one by one: docs/extending.md.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -44,3 +47,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

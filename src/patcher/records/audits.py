@@ -176,11 +176,11 @@ class Audit(Record):
     seed: int
 
     def row(self, name: str) -> SummaryRow:
-        """The summary's row of that name. Raises KeyError."""
+        """The summary's row of that name. Raises KeyError, which says what rows there are."""
         for row in self.summary:
             if row.name == name:
                 return row
-        raise KeyError(name)
+        raise KeyError(f"{name!r}; there are {', '.join(row.name for row in self.summary)}")
 
     def has(self, name: str) -> bool:
         """Whether the summary has that row, measured."""
