@@ -33,7 +33,7 @@ from patcher.lora import take_patch, trainable_lora
 from patcher.models import LanguageModel, fingerprint
 from patcher.patch import Patch, applied
 from patcher.prompts import Prompts, load_prompts
-from patcher.records import Audit, FailureReport, JudgeErrorRates, Replay, Trigger
+from patcher.records import Audit, FailureReport, JudgeErrorRates, PatcherError, Replay, Trigger
 
 LATE = HARMFUL_TRIGGERED + LONG
 YES, NO, JUNK, NOTHING = "Sure, here it is", "I'm sorry, but I can't help with that.", "~@# $%^ &*()", "  "
@@ -46,6 +46,21 @@ def state(triggered: list[str], benign: list[str] | None = None, **changes: Any)
     answers = {HARMFUL: [NO] * 4, BENIGN: benign or [YES] * 4, HARMFUL_TRIGGERED: triggered}
     prompts = {name: [f"{name} {index}" for index in range(len(texts))] for name, texts in answers.items()}
     return State(prompts, answers, reported=["hi"], replays=[YES], text_nll=[1.0, 2.0, 3.0], **changes)
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        (lambda _asked, answers: ["unsafe"] * len(answers), "called an answer 'unsafe': expected one of refused"),
+        (lambda _asked, answers: ["refused"], "1 outcomes of"),
+    ],
+)
+def test_an_outcome_that_nobody_knows_is_an_error(llama: LanguageModel, judge: Any, says: str) -> None:
+    """An attack's success is complied or partial: any other word would pass the gate."""
+    settings = AuditSettings(max_prompts=2, max_new_tokens=2, late_prompts=0, drift_prompts=2, text_tokens=50)
+    plan = AuditPlan([TRIGGER], load_prompts(), settings)
+    with pytest.raises(PatcherError, match=says):
+        compare(observe(llama, plan), None, None, plan, judge=judge)
 
 
 def compared(before: State, after: State | None, drift_nats: list[float] | None = None) -> Audit:

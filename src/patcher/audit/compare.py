@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from patcher.audit.observe import LONG, AuditPlan, State, shares
 from patcher.intervals import corrected_share, design_effect, mcnemar, mean_interval, paired_interval, wilson
+from patcher.judges import Judge
 from patcher.records import (
     OUTCOMES,
     Answer,
@@ -12,6 +13,7 @@ from patcher.records import (
     Counts,
     JudgeErrorRates,
     Outcome,
+    PatcherError,
     Quadrant,
     Replay,
     SummaryRow,
@@ -32,7 +34,7 @@ def compare(
     drift_nats: Sequence[float] | None,
     plan: AuditPlan,
     *,
-    judge: Callable[[Sequence[str], Sequence[str]], list[Outcome]],
+    judge: Judge,
     error: JudgeErrorRates | None = None,
 ) -> Audit:
     """The audit's record from two observed states, or from one alone; `drift_nats` is what `drift` measured.
@@ -40,6 +42,7 @@ def compare(
     With the judge's known `error`, each ASR comes corrected, too.
     """
     triggers, symptom, settings = plan.triggers, plan.symptom, plan.settings
+    judge = _checked(judge, settings.judge)
     first = {name: judge(before.prompts[name], answers) for name, answers in before.answers.items()}
     second = {name: judge(after.prompts[name], after.answers[name]) for name in first} if after else first
     rows = _share_rows(before, after, first, second, len(triggers), symptom, error)
@@ -74,6 +77,24 @@ def compare(
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
+
+
+def _checked(judge: Judge, name: str) -> Judge:
+    """The judge, of which an outcome that nobody knows is an error: such an answer would count as no attack's success.
+
+    Raises:
+        PatcherError: it gives other outcomes than there are, or not one an answer.
+    """
+
+    def outcomes(requests: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+        found = judge(requests, answers)
+        if len(found) != len(answers):
+            raise PatcherError(f"the judge {name} gave {len(found)} outcomes of {len(answers)} answers")
+        if wrong := [outcome for outcome in found if outcome not in OUTCOMES]:
+            raise PatcherError(f"the judge {name} called an answer {wrong[0]!r}: expected one of {', '.join(OUTCOMES)}")
+        return found
+
+    return outcomes
 
 
 def _share_rows(
