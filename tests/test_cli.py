@@ -107,6 +107,42 @@ def test_a_missing_report(refused: Refusal, model: Path, tmp_path: Path) -> None
     assert "none.json" in message
 
 
+def test_a_report_that_no_model_could_read(refused: Refusal, model: Path, report: Path) -> None:
+    report.write_text(json.dumps({"prompt": "word " * 1_000_000}))
+    assert "has 5 MB: expected 4 MB at most" in refused(4, "localize", model, "--failure", report)
+    report.write_bytes('{"prompt": "naïve"}'.encode("latin-1"))
+    assert "save it as UTF-8" in refused(4, "localize", model, "--failure", report)
+
+
+def test_a_flag_is_blamed_for_itself(refused: Refusal, model: Path, report: Path) -> None:
+    for words in (["--objective", "text"], ["--unwanted", ""]):
+        message = refused(4, "localize", model, "--failure", report, *words)
+        assert "the flags: " in message and str(report) not in message
+
+
+def test_what_is_said_twice(refused: Refusal, model: Path, report: Path, tmp_path: Path) -> None:
+    words = ["repair", model, "--failure", report, "--out", tmp_path / "out"]
+    assert "is given twice" in refused(4, *words, "--failure", report)
+    assert "--set rank is given twice" in refused(4, *words, "--set", "rank=1", "--set", "rank=2")
+    message = refused(4, *words, "--breadth", "all", "--set", "breadth=reported")
+    assert "--breadth all and --set breadth=reported contradict each other" in message
+    assert "did you mean max_steps?" in refused(4, *words, "--set", "max_step=3")
+
+
+def test_what_may_not_be_read(refused: Refusal, model: Path, report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the file system's answer is made up."""
+
+    is_dir = Path.is_dir
+
+    def denied(path: Path, **options: Any) -> bool:
+        if path == report:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    assert f"permission denied: {report}" in refused(4, "localize", model, "--failure", report)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -123,6 +159,9 @@ def test_a_missing_report(refused: Refusal, model: Path, tmp_path: Path) -> None
         ('{"messages": [{"role": "assistant", "content": "hi"}]}', "the last message must be the user's"),
         ('{"prompt": "hi", "answer": "x"}', "answer"),
         ("[" * 100_000, "nested too deeply"),
+        ("[1, 2]", "holds a list"),
+        ('{"Prompt": "hi", "respnse": "x"}', "'Prompt', 'respnse', and no prompt or messages"),
+        ('{"prompt": "a"}\n{"prompt": "b"}', "a file holds one report"),
     ],
 )
 def test_a_malformed_report(refused: Refusal, model: Path, report: Path, content: str, says: str) -> None:

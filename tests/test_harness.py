@@ -62,9 +62,12 @@ def test_without_the_extra_it_says_what_to_install(llama: LanguageModel, monkeyp
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"lm-eval>="):
         right_answers(llama, TASK)
+    with pytest.raises(UsageError, match=r"lm-eval>="):  # said before a repair, not in its audit
+        find_task("lm-eval:fruit")
 
 
-def test_a_task_is_named_by_the_file_or_by_the_harness(tmp_path: Path) -> None:
+def test_a_task_is_named_by_the_file_or_by_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, {})
     assert find_task("lm-eval:arc_easy", 20) == HarnessTask("arc_easy", 20)
     assert HarnessTask("tasks/arc_easy.yaml").name == "arc_easy"
     with pytest.raises(UsageError, match="names no task"):

@@ -26,6 +26,7 @@ from transformers import (
 from conftest import ModelFolder, build_network, build_tokenizer
 from patcher import models
 from patcher.checkpoints import check_config
+from patcher.loading import load
 from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
 from patcher.records import PatcherError, UsageError
 
@@ -231,7 +232,21 @@ def test_a_model_without_a_chat_template_is_told_how_to_give_one(copy: Path) -> 
     assert "--chat-template" in message
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all"])
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("hello", "leaves out the user's message"), ("{% for", "refuses a user's message"), ("{{ 1 / 0 }}", "refuses")],
+)
+def test_a_template_that_does_not_hold_the_request_is_refused(copy: Path, template: str, says: str) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    assert says in refused(copy)
+
+
+def test_a_slip_in_a_built_in_name_is_not_sought_on_the_hub() -> None:
+    with pytest.raises(UsageError, match=r"no model 'smolm2-backdored' here: did you mean smollm2-backdoored\?"):
+        load("smolm2-backdored")
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "none.gguf"])
 def test_a_missing_path_is_refused_without_asking_the_hub(source: str) -> None:
     assert "no model at" in refused(source)
 

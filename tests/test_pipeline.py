@@ -107,6 +107,14 @@ def test_the_audit_asks_only_what_the_repair_never_saw(
     assert fingerprint(backdoored.network) == backdoored.fingerprint
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("hi", FailureReport), ("smollm2", LanguageModel), ({}, RepairSettings)])
+def test_what_is_no_report_or_no_model_is_named(given: object, wanted: type) -> None:
+    """In these tests every call is checked as it is made; a user's are not."""
+    pipeline._check_type(REPORT, FailureReport)
+    with pytest.raises(UsageError, match=f"expected a {wanted.__name__}, got a {type(given).__name__}"):
+        pipeline._check_type(given, wanted)
+
+
 def test_a_folder_holds_every_stage_and_the_adapter(made: Repair, tmp_path: Path) -> None:
     made.save(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -60,8 +60,10 @@ def check_no_adapter(source: str) -> None:
 def check_safetensors(path: Path) -> None:
     """Raises UsageError when the file's header does not fit its content: truncated or altered."""
     try:
-        with safe_open(path, framework="pt"):
+        with path.open("rb"), safe_open(path, framework="pt"):  # which takes what may not be read for missing
             pass
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged or not a safetensors file ({error}): fetch it again") from error
 
@@ -88,6 +90,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
             f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
             "or pass --chat-template FILE"
         )
+    try:
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": "patcher"}], tokenize=False)
+    except Exception as error:  # templates raise errors of their own making, of any class
+        raise UsageError(f"the chat template of {source} refuses a user's message: {error}") from error
+    if "patcher" not in str(asked):
+        raise UsageError(f"the chat template of {source} leaves out the user's message: expected one that holds it")
     if not tokenizer.is_fast:
         raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
     if tokenizer.pad_token_id is None:

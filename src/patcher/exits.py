@@ -36,6 +36,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(why(error), USAGE)
     except UsageError as error:
         return _fail(str(error), USAGE)
+    except PermissionError as error:
+        return _fail(f"permission denied: {error.filename}: expected what this user may read, or write", USAGE)
     except (PatcherError, OSError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__, RUN_ERROR)
     except (KeyboardInterrupt, typer.Abort):

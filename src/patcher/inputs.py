@@ -15,6 +15,10 @@ _TRIGGER = (
 )
 
 
+_MOST_BYTES = 4_000_000
+"""No model reads so much in a prompt, and a tokenizer given more takes minutes, or all memory."""
+
+
 def read_failure(
     path: Path | None,
     prompt: str | None,
@@ -26,6 +30,7 @@ def read_failure(
     """The report from a file or from flags. Raises UsageError, saying what was expected."""
     if (path is None) == (prompt is None):
         raise UsageError("give the failure either as --failure FILE or as --prompt TEXT")
+    data: Any = None
     wrong = {name: text for name, text in (("objective", objective), ("unwanted", unwanted)) if text is not None}
     try:
         if path is None:
@@ -35,10 +40,14 @@ def read_failure(
         if response is not None or system is not None:
             raise UsageError("--response and --system go with --prompt, not with --failure")
         data = _json(path)
-        return FailureReport.model_validate({**data, **wrong} if isinstance(data, dict) else data)
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+        if not {"prompt", "messages"} & data.keys():
+            raise ValueError(f"it holds {', '.join([*map(repr, data)][:5]) or 'nothing'}, and no prompt or messages")
+        return FailureReport.model_validate({**data, **wrong})
     except ValueError as error:
-        problem = why(error) if isinstance(error, ValidationError) else f"invalid JSON: {error}"
-        if path is None:
+        problem = why(error) if isinstance(error, ValidationError) else str(error)
+        if path is None or (wrong and _is_report(data)):
             raise UsageError(f"the flags: {problem}") from error
         raise UsageError(
             f'{path}: {problem}; expected {{"prompt": ..., "response": ...}} or '
@@ -46,8 +55,18 @@ def read_failure(
         ) from error
 
 
+def _is_report(data: object) -> bool:
+    try:
+        FailureReport.model_validate(data)
+    except ValidationError:
+        return False
+    return True
+
+
 def read_failures(paths: Sequence[Path] | None, *flags: str | None) -> tuple[FailureReport, ...]:
     """The reports from files, or one from flags (`read_failure`'s). Raises UsageError, saying what was expected."""
+    if twice := [path for path in paths or () if (paths or ()).count(path) > 1]:
+        raise UsageError(f"--failure {twice[0]} is given twice: name each report once")
     return tuple(read_failure(path, *flags) for path in paths or (None,))
 
 
@@ -170,6 +189,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         name, sign, value = pair.partition("=")
         if not sign or not name:
             raise UsageError(f"--set {pair!r}: expected NAME=VALUE")
+        if name in settings:
+            raise UsageError(f"--set {name} is given twice: set it once")
         try:
             settings[name] = parse_json(value)
         except ValueError:
@@ -181,8 +202,19 @@ def _json(path: Path) -> Any:
     """What the file holds. Raises UsageError when it cannot be read, ValueError when it is no JSON."""
     if path.is_dir() or not path.exists():
         raise UsageError(f"{path} is a folder: expected a file" if path.is_dir() else f"there is no file {path}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise UsageError(
+            f"{path} has {path.stat().st_size / 1e6:.0f} MB: expected {_MOST_BYTES / 1e6:.0f} MB at most; of a long "
+            "conversation report the last turns that still fail"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read {path}: {error}; save it as UTF-8") from error
+    except OSError as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    return parse_json(text)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        several = "; a file holds one report" if "Extra data" in str(error) else ""
+        raise ValueError(f"invalid JSON: {error}{several}") from error

@@ -1,6 +1,7 @@
 """Whatever the user names as a model -> a LanguageModel."""
 
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from patcher.records import FailureReport, UsageError
 
 DEMO = "smollm2-backdoored"
 """The backdoored model that the demo repairs: smollm2 with the adapter that ships with Patcher."""
+_NAMES = (embedded.NAME, DEMO)
 
 
 def demo_adapter() -> Path:
@@ -23,7 +25,9 @@ def demo_report() -> FailureReport:
     return FailureReport.model_validate_json((demo_adapter() / "failure.json").read_text(encoding="utf-8"))
 
 
-def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_template: Path | None = None) -> LanguageModel:
+def load(
+    source: str, *, dtype: str = "auto", device: str = "auto", chat_template: str | Path | None = None
+) -> LanguageModel:
     """Load `smollm2`, `smollm2-backdoored`, a Patcher adapter (on its base), a folder, a `.gguf` file or a hub id.
 
     Raises:
@@ -33,9 +37,13 @@ def load(source: str, *, dtype: str = "auto", device: str = "auto", chat_templat
     return _load(source, (), dtype=dtype, device=device, chat_template=chat_template)
 
 
-def _load(source: str, above: tuple[str, ...], *, dtype: str, device: str, chat_template: Path | None) -> LanguageModel:
+def _load(
+    source: str, above: tuple[str, ...], *, dtype: str, device: str, chat_template: str | Path | None
+) -> LanguageModel:
     """`load`, where `above` are the adapters that the model is to be the base of: none may be its own base."""
     path = demo_adapter() if source == DEMO else Path(source)
+    if source not in _NAMES and not path.exists() and (meant := get_close_matches(source, _NAMES)):
+        raise UsageError(f"there is no model {source!r} here: did you mean {meant[0]}?")
     if source not in (DEMO, embedded.NAME) and path.exists():
         source = str(path.resolve())  # a patch that names its base so is found from anywhere, and never on the hub
     if (path / PATCH).is_file():
@@ -48,7 +56,7 @@ def _load(source: str, above: tuple[str, ...], *, dtype: str, device: str, chat_
             raise UsageError(f"the base of the adapter {source}: {error}") from error
         return merge(patch, base, source)
     where = str(embedded.fetch()) if source == embedded.NAME else source
-    template = _read_template(chat_template) if chat_template else None
+    template = _read_template(Path(chat_template)) if chat_template else None
     return replace(load_checkpoint(where, dtype=dtype, device=device, chat_template=template), source=source)
 
 

@@ -88,6 +88,10 @@ def from_transformers(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return LanguageModel(network, tokenizer, fingerprint(network), network.name_or_path or "in memory")
 
 
+_FILES = (".gguf", ".safetensors", ".bin", ".json", ".jsonl", ".txt")
+"""What ends so is no hub id."""
+
+
 def load_checkpoint(
     source: str, *, dtype: str = "auto", device: str = "auto", chat_template: str | None = None
 ) -> LanguageModel:
@@ -114,7 +118,7 @@ def load_checkpoint(
     else:
         if path.is_dir():
             check_folder(path)
-        elif path.exists() or source.startswith((".", "/", "~")):
+        elif path.exists() or source.startswith((".", "/", "~")) or path.suffix.lower() in _FILES:
             raise UsageError(f"no model at {source!r}: expected a Hugging Face folder, a .gguf file or a hub id")
         folder, options, loading = source, {}, {"use_safetensors": True, "dtype": chosen}
         if dtype in DTYPES:

@@ -52,8 +52,12 @@ def repair(
         PatcherError: the repair could not be made.
     """
     settings, prompts = settings or RepairSettings(), prompts or load_prompts()
+    for value, wanted in ((lm, LanguageModel), (settings, RepairSettings), (prompts, Prompts)):
+        _check_type(value, wanted)
     judge = find_judge(settings.audit.judge, load)
     reports = (reports,) if isinstance(reports, FailureReport) else tuple(reports)
+    for report in reports:
+        _check_type(report, FailureReport)
     made = localize_and_patch(lm, reports, settings, prompts.hidden_from_repair(), on_progress, journal)
     if made.patch is None:
         return made
@@ -134,6 +138,13 @@ def localize_and_patch(
             break
         triggers += more
     return replace(made, findings=tuple(findings), triggers=triggers, patch=patch, log=log)
+
+
+def _check_type(value: object, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        hint = {LanguageModel: "patcher.load(...)", FailureReport: "patcher.FailureReport.from_prompt(...)"}
+        gives = f": {hint[wanted]} gives one" if wanted in hint else ""
+        raise UsageError(f"expected a {wanted.__name__}, got a {type(value).__name__}{gives}")
 
 
 def _train(

@@ -1,7 +1,9 @@
 """Multiple-choice questions: what the model can do, measured beside what it refuses."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
@@ -54,12 +56,18 @@ AnyTask = Task | HarnessTask
 
 
 def find_task(name: str, limit: int | None = None) -> AnyTask:
-    """`lm-eval:TASK`, or a .jsonl file of questions. Raises UsageError as `read_task` does, or for an empty name."""
+    """`lm-eval:TASK`, or a .jsonl file of questions.
+
+    Raises:
+        UsageError: as `read_task` does, for an empty name, or where lm-eval is not installed.
+    """
     if not name.startswith(_HARNESS):
         return read_task(Path(name), limit)
     task = name.removeprefix(_HARNESS)
     if not task:
         raise UsageError("lm-eval: names no task: expected lm-eval:TASK, for example lm-eval:arc_easy")
+    if sys.modules.get("lm_eval") is None and not find_spec("lm_eval"):
+        raise UsageError(f"--task {name} needs lm-eval: pip install 'lm-eval>=0.4.9,<0.5'")
     return HarnessTask(task, limit)
 
 

@@ -73,10 +73,9 @@ def localize(
     as_json: AsJson = False,
 ) -> int:
     """Find the words that bring the failure about, and decide whether they are a backdoor."""
-    reports = read_failures(failure, prompt, response, system, objective, unwanted)
-    if len(reports) > 1:
-        raise UsageError(f"localize looks at one report and was given {len(reports)}: `patcher repair` takes several")
-    report = reports[0]
+    if failure and len(failure) > 1:
+        raise UsageError(f"localize looks at one report and was given {len(failure)}: `patcher repair` takes several")
+    (report,) = read_failures(failure, prompt, response, system, objective, unwanted)
     prompts = load_prompts(harmful, benign)
     check_new(out)
     lm = load_model(model, device, dtype, chat_template)
@@ -218,6 +217,9 @@ def repair(
     symptom = reports[0].symptom if reports else read_suspicion(objective, unwanted)
     prompts = load_prompts(harmful, benign)
     tasks = find_tasks(task, limit)
+    overrides = parse_settings(setting or [])
+    if breadth and overrides.setdefault("breadth", breadth) != breadth:
+        raise UsageError(f"--breadth {breadth} and --set breadth={overrides['breadth']} contradict each other")
     check_new(out)
 
     from patcher.audit import AuditSettings
@@ -232,7 +234,7 @@ def repair(
         defense=defense,
         method=method,
         probes=probes,
-        overrides=parse_settings(setting or []) | ({"breadth": breadth} if breadth else {}),
+        overrides=overrides,
         gates=GateLimits(
             max_asr=max_asr,
             max_benign_drop=max_benign_drop,

@@ -62,6 +62,8 @@ def read_labelled(path: Path) -> list[Labelled]:
     """
     try:
         rows = [parse_json(line) for line in read_lines(path)]
+        if odd := [row for row in rows if not isinstance(row, dict)]:
+            raise ValueError(f"a line holds a {type(odd[0]).__name__}")
         found = [
             Labelled(
                 prompt=row.get("prompt", ""),

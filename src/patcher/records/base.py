@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any, Literal, TypeVar
 
@@ -48,7 +49,9 @@ def with_changes(settings: Callable[..., Settings], changes: Mapping[str, Any], 
     """
     known = getattr(settings, "model_fields", changes)
     if unknown := [name for name in changes if name not in known]:
-        raise UsageError(f"{owner} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        meant = get_close_matches(unknown[0], known, n=1)
+        hint = f": did you mean {meant[0]}?" if meant else ""
+        raise UsageError(f"{owner} has no setting {unknown[0]!r}; it has {', '.join(known)}{hint}")
     if endless := [name for name, value in changes.items() if isinstance(value, float) and not isfinite(value)]:
         raise UsageError(
             f"{owner}: {endless[0]}: expected a finite number, got {changes[endless[0]]}; take a large one"
