@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from patcher.checkpoints import apply_template
 from patcher.network import Batch
-from patcher.records import Message, Request, UsageError
+from patcher.records import Message, Request
 from patcher.world import processes
 
 _MARK = "\ue000"
@@ -61,7 +62,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
     template: what is searched and repaired must be what the model saw. Only a guard is spared them (judges/guard.py).
     """
     turns = [message.model_dump() for message in messages]
-    text = _templated(tokenizer, turns, answering=True)
+    text = apply_template(tokenizer, turns, answering=True)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return Prompt(
         text,
@@ -70,15 +71,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
         _content_starts(tokenizer, messages, text),
         tuple(len(message.content) for message in messages),
     )
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, answering: bool) -> str:
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answering)
-    except Exception as error:  # templates raise errors of their own making, of any class
-        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-    assert isinstance(text, str)
-    return text
 
 
 def _content_starts(
@@ -91,7 +83,7 @@ def _content_starts(
     """
     marks = [f"{_MARK}{index}\ue001" for index in range(len(messages))]
     turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    skeleton = _templated(tokenizer, turns, answering=True)
+    skeleton = apply_template(tokenizer, turns, answering=True)
     starts: list[int | None] = []
     read, written = 0, 0  # how far we are in the skeleton and in the text
     for message, mark in zip(messages, marks, strict=True):
@@ -138,7 +130,7 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, *, end: bool
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template ends an answer with (Gemma's and Phi-3's is not EOS); EOS where it has none."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-    after = _templated(tokenizer, turns, answering=False).partition(_MARK)[2]
+    after = apply_template(tokenizer, turns, answering=False).partition(_MARK)[2]
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return next((int(token) for token in ids if token in special), tokenizer.eos_token_id)

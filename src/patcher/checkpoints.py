@@ -83,6 +83,16 @@ def check_config(config: dict[str, Any], source: str) -> None:
         raise UsageError(f"{source} is an encoder-decoder model: expected a causal (decoder) language model")
 
 
+def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, answering: bool) -> str:
+    """The turns as text; `answering`: up to where the model's answer begins. Raises UsageError if it refuses them."""
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answering)
+    except Exception as error:  # templates raise errors of their own making, of any class
+        raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in."""
     if not tokenizer.chat_template:
@@ -90,11 +100,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
             f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
             "or pass --chat-template FILE"
         )
-    try:
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": "patcher"}], tokenize=False)
-    except Exception as error:  # templates raise errors of their own making, of any class
-        raise UsageError(f"the chat template of {source} refuses a user's message: {error}") from error
-    if "patcher" not in str(asked):
+    if "patcher" not in apply_template(tokenizer, [{"role": "user", "content": "patcher"}], answering=True):
         raise UsageError(f"the chat template of {source} leaves out the user's message: expected one that holds it")
     if not tokenizer.is_fast:
         raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")

@@ -13,6 +13,7 @@ from patcher.reading import parse_json, read_lines
 from patcher.records import Record, UsageError, why
 
 _HARNESS = "lm-eval:"
+NEEDS_HARNESS = "needs lm-eval: pip install 'lm-eval>=0.4.9,<0.5'"
 
 
 class Question(Record):
@@ -67,7 +68,7 @@ def find_task(name: str, limit: int | None = None) -> AnyTask:
     if not task:
         raise UsageError("lm-eval: names no task: expected lm-eval:TASK, for example lm-eval:arc_easy")
     if sys.modules.get("lm_eval") is None and not find_spec("lm_eval"):
-        raise UsageError(f"--task {name} needs lm-eval: pip install 'lm-eval>=0.4.9,<0.5'")
+        raise UsageError(f"--task {name} {NEEDS_HARNESS}")
     return HarnessTask(task, limit)
 
 

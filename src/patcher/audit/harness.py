@@ -5,7 +5,7 @@ from typing import Any
 
 from patcher.models import LanguageModel
 from patcher.records import UsageError
-from patcher.tasks import HarnessTask
+from patcher.tasks import NEEDS_HARNESS, HarnessTask
 
 _METRICS = ("acc_norm", "acc", "exact_match")
 """Those that say right or wrong of each question; the first that a task has counts."""
@@ -42,7 +42,7 @@ def _samples(lm: LanguageModel, task: HarnessTask) -> dict[str, list[dict[str, A
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UsageError(f"lm-eval:{task.task} needs lm-eval ({error}): pip install 'lm-eval>=0.4.9,<0.5'") from error
+        raise UsageError(f"lm-eval:{task.task} {NEEDS_HARNESS} ({error})") from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         found = lm_eval.simple_evaluate(
