@@ -211,6 +211,8 @@ def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:
         "asr_triggered_frac",
         "asr_untriggered_frac",
         "benign_answered_frac",
+        "benign_triggered_answered_frac",
+        "borderline_answered_frac",
         "kl_reference_to_patched_nats",
     )
     return [_key_figure(rows[name]) for name in wanted if name in rows]
