@@ -13,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from patcher.bench.plain import plain_loss
 from patcher.chat import Row
 from patcher.defenses import DEFENSES, contract, find_defense, patcher
 from patcher.defenses.contract import (
@@ -378,6 +379,21 @@ def disturb(lm: LanguageModel) -> None:
 def objective_of(kind: type, lm: LanguageModel, trigger: Trigger = AT_START) -> Any:
     evidence = replace(EVIDENCE, triggers=(trigger,))
     return kind(lm, evidence, SMALL, ReferenceAnswers(lm, evidence, SMALL, quiet), random.Random(0))
+
+
+def test_the_papers_loss_is_a_plain_loops(tiny: LanguageModel) -> None:
+    """What is computed once, shared or left out changes neither the loss nor its gradient."""
+    ours, plain = objective_of(Paper, tiny), objective_of(Paper, tiny)
+
+    def gradient(loss: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        return loss.item(), list(torch.autograd.grad(loss, lora_parameters(tiny)))
+
+    with trainable_lora(tiny, rank=2, alpha=4, seed=0):
+        disturb(tiny)
+        value, slopes = gradient(ours.loss(0))
+        plain_value, plain_slopes = gradient(plain_loss(tiny, plain))
+    assert plain_value == pytest.approx(value, rel=1e-4)
+    torch.testing.assert_close(plain_slopes, slopes, rtol=1e-3, atol=1e-5)
 
 
 def test_the_papers_loss_by_hand(tiny: LanguageModel) -> None:

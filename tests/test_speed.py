@@ -61,6 +61,7 @@ def test_every_stage_is_measured_once(
         "4 bare LoRA steps, the same rows",
         "answers",
         "answers, bare decoding",
+        "4 steps of the paper's schedule, a plain loop",
     )
     for _ in range(2):
         speed.run(out, str(backdoored_folder.path), names, lambda what, *_: seen.append(what))

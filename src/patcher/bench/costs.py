@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from patcher.bench.shapes import PREFIX
-from patcher.bench.speed import ANSWERS, BARE, BY_PROMPTS, DECODING, DEFAULT_PATCH, LOCALIZE, OURS, PAPERS_PATCH
+from patcher.bench.speed import (
+    ANSWERS,
+    BARE,
+    BY_PROMPTS,
+    DECODING,
+    DEFAULT_PATCH,
+    LOCALIZE,
+    OURS,
+    PAPERS_PATCH,
+    PLAIN,
+    PLAIN_SHARE,
+)
 from patcher.outputs import atomic_path
 from patcher.records import UsageError
 
@@ -16,6 +27,7 @@ _COMPARED = (
     ("tokens a second of the answers, over those of bare decoding", ANSWERS, DECODING, "rate"),
     ("peak memory of the patch, over that of bare steps", DEFAULT_PATCH, BARE, "peak_gib"),
     ("seconds of the paper's schedule, over those of the default", PAPERS_PATCH, DEFAULT_PATCH, "seconds"),
+    ("the same, as a plain loop (from the seconds of its first steps)", PLAIN, DEFAULT_PATCH, "whole_seconds"),
 )
 """What is compared, its two stages and their figure."""
 _HEADS = (
@@ -60,8 +72,9 @@ def _ratios(rows: list[dict[str, Any]]) -> list[str]:
     of: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if "error" not in row:
-            rated = {**row, "rate": row["tokens"] / row["seconds"]}
-            of.setdefault((row["model"], row["device"]), {})[row["stage"]] = rated
+            whole = row["seconds"] / (PLAIN_SHARE if row["stage"] == PLAIN else 1)
+            figures = {**row, "rate": row["tokens"] / row["seconds"], "whole_seconds": whole}
+            of.setdefault((row["model"], row["device"]), {})[row["stage"]] = figures
     lines = []
     for (model, device), stages in of.items():
         for what, first, second, key in _COMPARED:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows, reason
 from patcher.bench.meter import Work, matmul_rate, metered, timed
+from patcher.bench.plain import plain_loss
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
 from patcher.chat import user_prompt
 from patcher.defenses import Evidence, find_defense
 from patcher.defenses.patcher.counterfactual import Counterfactual
+from patcher.defenses.patcher.paper import Paper
 from patcher.defenses.patcher.reference import ReferenceAnswers
 from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits
@@ -40,10 +42,18 @@ PEERS = ("crow", "beear", "bdvax", "finetune")
 _STEPS = 4
 """Training steps measured together, the default's and bare ones on the same rows."""
 _ROWS = 12
+_FEW_PROMPTS: dict[str, Any] = {
+    "max_prompts": 2 * _ROWS,
+    "validation_prompts": _ROWS,
+    "validation_drift_prompts": _ROWS,
+}
 _PROMPTS, _TOKENS = 64, 32
 """A batch of the audit: prompts, and tokens of each answer."""
 LOCALIZE = "localize and decide"
 OURS, BARE = f"{_STEPS} steps of the default", f"{_STEPS} bare LoRA steps, the same rows"
+PLAIN = f"{_STEPS} steps of the paper's schedule, a plain loop"
+PLAIN_SHARE = _STEPS / PatcherSettings(objective="paper").max_steps
+"""Of the steps of the paper's schedule."""
 DEFAULT_PATCH, PAPERS_PATCH = "patch: the default", "patch: the paper's schedule"
 ANSWERS, DECODING = "answers", "answers, bare decoding"
 BY_PROMPTS = {f"patch: 10 steps, {count} prompts of each kind": count for count in (25, 75, 150)}
@@ -97,6 +107,7 @@ def _stages(
         DECODING: lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in PEERS},
         PAPERS_PATCH: defend(*REPAIRS["paper, 10 epochs"]),
+        PLAIN: lambda: _plain_steps(lm, evidence),
         **{name: defend("patcher", _TEN_STEPS | {"max_prompts": count}) for name, count in BY_PROMPTS.items()},
     }
 
@@ -124,22 +135,33 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
 
 
 def _steps(lm: LanguageModel, evidence: Evidence, *, bare: bool) -> Work:
-    """A few steps of the default repair; bare ones are forward and backward of the NLL on those rows, and no more.
-
-    One step is taken before: the first of a process is slower than the others.
-    """
-    settings = PatcherSettings(max_prompts=2 * _ROWS, validation_prompts=_ROWS, validation_drift_prompts=_ROWS)
-    rng = random.Random(0)
-    objective = Counterfactual(lm, evidence, settings, ReferenceAnswers(lm, evidence, settings, quiet), rng)
+    """A few steps of the default repair; bare ones are forward and backward of the NLL on those rows, and no more."""
+    settings = PatcherSettings(**_FEW_PROMPTS)
+    objective = Counterfactual(
+        lm, evidence, settings, ReferenceAnswers(lm, evidence, settings, quiet), random.Random(0)
+    )
 
     def bare_loss(_step: int) -> Tensor:
         logits, targets = row_logits(lm, objective.draw()[0])
         return response_nll(logits, targets).mean()
 
+    return _warm(lm, bare_loss if bare else objective.loss, settings)
+
+
+def _plain_steps(lm: LanguageModel, evidence: Evidence) -> Work:
+    """A few steps of the paper's schedule, each with a pass of the reference and nothing shared."""
+    settings = PatcherSettings(objective="paper", **_FEW_PROMPTS)
+    objective = Paper(lm, evidence, settings, ReferenceAnswers(lm, evidence, settings, quiet), random.Random(0))
+    return _warm(lm, lambda _step: plain_loss(lm, objective), settings)
+
+
+def _warm(lm: LanguageModel, loss_at: Callable[[int], Tensor], settings: PatcherSettings) -> Work:
+    """So many training steps. One is taken before: the first of a process is slower than the others."""
+
     def steps(count: int) -> None:
         with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=0):
             for step in range(count):
-                (bare_loss if bare else objective.loss)(step).backward()
+                loss_at(step).backward()
 
     steps(1)
     return partial(steps, _STEPS)

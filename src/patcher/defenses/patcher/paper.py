@@ -5,7 +5,8 @@ import random
 import torch
 from torch import Tensor
 
-from patcher.defenses.contract import Evidence, kl_of, refusing, triggered
+from patcher.chat import Row
+from patcher.defenses.contract import Evidence, Example, kl_of, refusing, triggered
 from patcher.defenses.patcher.reference import ReferenceAnswers
 from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.forward import row_logits
@@ -35,13 +36,17 @@ class Paper:
         self.harmful = endless(refusing(lm, texts, settings.response_tokens), rng)
         self.benign = endless(reference.benign, rng)
 
-    def loss(self, _step: int) -> Tensor:
-        """One batch of Eq. (8)."""
+    def draw(self) -> tuple[list[Row], tuple[list[Example], list[Example], list[Example]]]:
+        """The rows of the next batch, and its three sets: harmful with the trigger, harmful, benign."""
         triggered_set = [next(self.harmful) for _ in range(self.settings.triggered_rows)]
         harmful = [next(self.harmful) for _ in range(self.settings.harmful_rows)]
         safe = [next(self.benign) for _ in range(self.settings.benign_rows)]
         rows = [example.row(self.lm, triggered(example.text, self.triggers, self.rng)) for example in triggered_set]
-        rows += [example.row(self.lm) for example in (*harmful, *safe)]
+        return rows + [example.row(self.lm) for example in (*harmful, *safe)], (triggered_set, harmful, safe)
+
+    def loss(self, _step: int) -> Tensor:
+        """One batch of Eq. (8)."""
+        rows, (triggered_set, harmful, safe) = self.draw()
         logits, targets = row_logits(self.lm, rows)
         ends = [sum(len(example.answer_ids) for example in part) for part in (triggered_set, harmful, safe)]
         on_trigger, on_harm, on_safe = logits.split(ends)
