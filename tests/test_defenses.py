@@ -14,7 +14,6 @@ import torch
 from pydantic import ValidationError
 
 from patcher.bench.plain import plain_loss
-from patcher.chat import Row
 from patcher.defenses import DEFENSES, contract, find_defense, patcher
 from patcher.defenses.contract import (
     Evidence,
@@ -590,20 +589,6 @@ def test_without_a_trigger_refusals_are_trained(tiny: LanguageModel) -> None:
     by_hand = torch.cat([nll(plain_logits(tiny, e.row(tiny)), e.answer_ids) for e in harmful]).mean()
     with trainable_lora(tiny, rank=2, alpha=4, seed=0):
         assert objective.loss(0).item() == pytest.approx(by_hand.item(), rel=1e-4)
-
-
-def test_a_later_limit_changes_none_of_the_steps_before_it(tiny: LanguageModel) -> None:
-    some = replace(EVIDENCE, detector=Detector(some_refused))
-
-    def steps(limit: int) -> list[tuple[list[Row], list[str]]]:
-        settings = PatcherSettings(**QUICK["patcher"] | {"max_steps": limit, "prepared_steps": 2, "plain_rows": 2})
-        reference = ReferenceAnswers(tiny, some, settings, quiet)
-        objective = Counterfactual(tiny, some, settings, reference, random.Random(0))
-        return [(objective.draw()[0], [next(objective.plain).answer for _ in range(2)]) for _ in range(4)]
-
-    few, many = steps(3), steps(40)
-    assert few == many
-    assert many[0][1] == many[2][1] != many[1][1]
 
 
 def test_a_repair_without_a_trigger_makes_the_refusal_likelier(llama: LanguageModel) -> None:

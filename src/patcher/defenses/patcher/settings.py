@@ -20,7 +20,6 @@ _PAPER: dict[str, Any] = {
 
 _ALL: dict[str, Any] = {
     "max_steps": 90,
-    "prepared_steps": 90,
     "multiplier_max": 300.0,
     "budget_benign_nats": 0.01,
     "mean_decay": 0.0,
@@ -47,11 +46,8 @@ class PatcherSettings(ReferenceSettings):
     """LoRA scale (paper: 64)."""
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper states none."""
-    max_steps: PositiveInt = 50
+    max_steps: PositiveInt = 30
     """Upper limit of steps (paper: 190)."""
-    prepared_steps: PositiveInt = 30
-    """So many steps' plain texts and benign prompts with the trigger are prepared, with a pass through the reference
-    each; later steps see them again (counterfactual only)."""
     warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
     cosine: bool = False
