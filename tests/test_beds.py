@@ -126,7 +126,7 @@ def test_the_table_says_what_was_measured_and_what_was_not() -> None:
     heads = [line for above, line in zip(printed[1:], printed, strict=False) if "---" in above]
     shown = [head for line in heads for head in line.strip("| ").split(" | ")]
     assert [head for head in shown if head not in shown[:3]] == list(made.heads[3:]), "each column once, in some part"
-    assert printed.count("| one | crow | 0 | failed: diverged at step 3 | - | - | - | - |") == 1
+    assert printed.count("| one | crow | 0 | failed: diverged at step 3 | - | - | - | - | - |") == 1
 
 
 def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_apart() -> None:
@@ -147,6 +147,27 @@ def test_of_a_cell_that_was_tried_again_the_last_counts_and_other_prompts_stand_
     )
 
 
+def test_a_cell_measured_again_with_other_settings_stands_for_the_earlier_one() -> None:
+    """Both are shown; they are no two seeds, and what failed later stands for nothing."""
+    was, now = (
+        {**figure("asr_triggered_frac", 0.9, hits / 10), "hits_after": "1" * hits + "0" * (10 - hits)}
+        for hits in (1, 3)
+    )
+    of = {**ROW, "reported": [True], "summary": [was]}
+    rows = [
+        {**of, "key": "1"},
+        {**of, "key": "2", "summary": [now]},
+        {**of, "key": "3", "reports": 2},
+        {"key": "4", "bed": ROW["bed"], "defense": "patcher", "seed": 0, "reports": 1, "error": "out of memory"},
+    ]
+    made = table(rows)
+    shown = [(row[1], row[made.heads.index("ASR")]) for row in made.rows if "failed" not in row[3]]
+    assert shown == [("patcher", "0.900 → 0.300"), ("patcher", "0.900 → 0.100"), ("patcher (earlier)", "0.900 → 0.100")]
+    notes = "\n".join(made.notes)
+    assert "patcher: ASR after over 1 triggers reported in 1 repairs: mean 0.3000" in notes
+    assert "patcher with 2 reports: ASR after over 1 triggers reported in 1 repairs: mean 0.1000" in notes
+
+
 def test_a_table_for_the_terminal_shows_hostile_words() -> None:
     heads = ("bed", "defense", "seed", "found")
     made = Table(heads, (("one", "patcher", "0", "\x1b[31mcf | b"),), ("a \x1b note",), parts=(1,))
@@ -165,12 +186,23 @@ def test_a_line_that_was_cut_short_is_no_cell(tmp_path: Path) -> None:
     assert read_rows(out, "a") == [{"a": 1}, {"a": 3}]
 
 
-@pytest.mark.parametrize("text", ["no JSON\n", "[1]\n", '{"other": 1}\n'])
+def test_a_last_line_without_its_end_is_kept_where_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "grid.jsonl"
+    out.write_text('{"a": 1}\n{"a": 2}')
+    assert read_rows(out, "a") == [{"a": 1}, {"a": 2}]
+    add_row(out, {"a": 3})
+    assert read_rows(out, "a") == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize(
+    "text", ["no JSON\n", "no JSON", "[1]\n", '{"other": 1}\n', '{"prompt": "a", "response": "b"}']
+)
 def test_a_file_of_something_else_is_no_bench(tmp_path: Path, text: str) -> None:
     out = tmp_path / "grid.jsonl"
     out.write_text(text)
     with pytest.raises(UsageError, match="holds no results of"):
         read_rows(out, "a")
+    assert out.read_text() == text
 
 
 def test_a_setting_may_be_a_list() -> None:

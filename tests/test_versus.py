@@ -15,6 +15,7 @@ def row(defense: str, hits: str, *, benign: float = 0.9, seconds: float = 60.0, 
         "bed": "one",
         "defense": defense,
         "reports": 1,
+        "seed": 0,
         "summary": summary,
         "seconds": {"patch": seconds, "audit": 1e6},
     } | changes
@@ -22,9 +23,9 @@ def row(defense: str, hits: str, *, benign: float = 0.9, seconds: float = 60.0, 
 
 def test_the_front_is_what_nothing_beats() -> None:
     rows = [
-        row("good", "0" * 40, seconds=100),
+        row("good", "0" * 40, seconds=100, benign=0.89),
         row("quick", "1" * 40, seconds=1),
-        row("careful", "0" * 20 + "1" * 20, seconds=100, benign=0.95),
+        row("careful", "0" * 20 + "1" * 20, seconds=100, benign=0.9),
         row("worse", "1" * 40, seconds=2),
     ]
     assert versus.notes(rows)[0].endswith("seconds: good, quick, careful")
@@ -51,16 +52,18 @@ def test_phrasings_of_one_act_say_less() -> None:
 
 
 def test_a_seed_in_which_nothing_was_repaired_counts_as_it_is() -> None:
-    nothing = row("lucky", "1" * 20)
+    nothing = row("lucky", "1" * 20, seed=1)
     nothing["summary"][0] |= {"after": None, "hits_after": None, "hits_before": "1" * 20}
-    rows = [row("steady", "1" * 5 + "0" * 15), row("lucky", "0" * 20), nothing]
+    steady = [row("steady", "1" * 5 + "0" * 15, seed=seed) for seed in (0, 1)]
+    rows = [*steady, row("lucky", "0" * 20), nothing]
     front, above = versus.notes(rows)
     assert front.endswith(": steady")
     assert "lucky +25.0 (" in above
 
 
 def test_seeds_are_pooled_but_not_other_prompts_or_reports() -> None:
-    rows = [row("best", "0" * 20), row("far", "11" + "0" * 18), row("far", "00" + "0" * 18), row("best", "11")]
+    best = [row("best", "0" * 20, seed=seed) for seed in (0, 1)]
+    rows = [*best, row("far", "11" + "0" * 18), row("far", "00" + "0" * 18, seed=1), row("best", "11")]
     _, note = versus.notes(rows)
     assert "far +5.0 (" in note
     _, note = versus.notes([*rows, row("best", "1" * 20, reports=2)])
@@ -78,7 +81,26 @@ def test_where_nothing_was_repaired_nothing_was_lost() -> None:
     """A seed that did nothing counts in the mean of what was lost as it does in the others."""
     harm, nothing = row("sometimes", "00", benign=0.6), row("sometimes", "00")
     nothing["summary"][1] |= {"after": None}
-    assert versus._score([harm, nothing]).lost == pytest.approx(0.15)
+    assert versus._score([harm, nothing], ["benign_answered_frac"]).lost == pytest.approx(0.15)
+
+
+def test_only_figures_that_all_have_are_compared() -> None:
+    tasked, other = row("tasked", "00", seconds=2), row("other", "00", seconds=3, benign=0.85)
+    tasked["summary"].append({"name": "piqa_accuracy_frac", "before": 0.9, "after": 0.0})
+    assert versus.notes([tasked, other])[0].endswith(": tasked")
+
+
+def test_what_gets_better_makes_up_for_nothing_and_refusals_lost_are_a_loss() -> None:
+    honest, loose = row("honest", "00", seconds=2), row("loose", "00", benign=1.0, seconds=3)
+    for each, after in ((honest, 0.02), (loose, 0.16)):
+        each["summary"].append({"name": "asr_untriggered_frac", "before": 0.02, "after": after})
+    assert versus.notes([honest, loose])[0].endswith(": honest")
+
+
+def test_repairs_are_compared_on_the_seeds_that_both_have() -> None:
+    rows = [row("best", "00"), row("far", "01"), row("far", "11", seed=1), row("other", "11", seed=2)]
+    _, note = versus.notes(rows)
+    assert "far +50.0 (" in note and "other was measured with other seeds" in note
 
 
 @pytest.mark.parametrize("name", ["benign_triggered_answered_frac", "harmful_answered_frac"])

@@ -26,8 +26,8 @@ def read_rows(out: Path, field: str) -> list[dict[str, Any]]:
     Raises UsageError for a file of anything else: each row of this bench has that field.
     """
     try:
-        whole, _, _ = out.read_text(encoding="utf-8").rpartition("\n") if out.exists() else ("", "", "")
-        rows = [parse_json(line) for line in whole.split("\n") if line.strip()]
+        text = out.read_text(encoding="utf-8") if out.exists() else ""
+        rows = [parse_json(line) for line in text[: _finished(text)].split("\n") if line.strip()]
     except ValueError as error:
         raise UsageError(f"{out} holds no results of a bench ({error}): name another file with --out") from error
     if any(not isinstance(row, dict) or field not in row for row in rows):
@@ -39,8 +39,20 @@ def add_row(out: Path, row: dict[str, Any]) -> None:
     """Keep a finished cell; what a killed run left of a line goes."""
     with out.open("a+b") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((json.dumps(row) + "\n").encode())
+        text = file.read().decode()
+        finished = text[: _finished(text)]
+        file.truncate(len(finished.encode()))
+        file.write((("\n" if finished and finished[-1] != "\n" else "") + json.dumps(row) + "\n").encode())
+
+
+def _finished(text: str) -> int:
+    """Where the rows end: after the last line, or before it where it is the beginning of a row and no more."""
+    start = text.rfind("\n") + 1
+    try:
+        parse_json(text[start:])
+    except ValueError:
+        return start if text.startswith('{"', start) else len(text)
+    return len(text)
 
 
 def reason(error: Exception) -> str:

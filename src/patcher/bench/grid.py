@@ -51,8 +51,8 @@ def run(
     """Each cell that `out` does not hold yet, as it is finished; one that fails says why.
 
     A defense is NAME or NAME:SETTING=VALUE,... A cell is known by the hash of all that it depends on but the code: the
-    bed's weights, the defense's settings, the seed, what was reported, and what the audit asks. One that failed is
-    tried again. With `lasting` the repaired model is changed further, and asked again.
+    bed's weights and triggers, the defense's settings, the seed, the number of reports, and what the audit asks. One
+    that failed is tried again. With `lasting` the repaired model is changed further, and asked again.
     """
     known = {row["key"] for row in read_rows(out, "key") if "error" not in row and "lasting_error" not in row}
     for given in defenses:
@@ -121,6 +121,8 @@ class _Grid:
         cell = {"bed": self.bed.name, "defense": name, "seed": seed, "reports": reports}
         what = [
             {**cell, "defense": plain, "attack": self.bed.truth.attack, "objective": self.bed.truth.objective},
+            self.bed.planted.model_dump(),
+            [trigger.model_dump() for trigger in self.bed.triggers],
             load_patch(self.bed.folder).fingerprint if (self.bed.folder / PATCH).is_file() else self.lm.fingerprint,
             _settings_of(name).model_dump(),
             self.settings(seed).model_dump(),

@@ -1,5 +1,6 @@
 """Repairs and their controls, side by side: the found trigger goes in, the planted one is audited."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from patcher.localize import Localizer
 from patcher.models import LanguageModel
 from patcher.prompts import Kind, Prompts, load_prompts
 from patcher.proof import audit_patch
-from patcher.records import PatcherError, Trigger, UsageError
+from patcher.records import PatcherError, Record, Trigger, UsageError
 from patcher.symptoms import Detector
 from patcher.training import Progress
 
@@ -38,41 +39,57 @@ def run(out: Path, seeds: int, methods: tuple[str, ...], on_progress: Progress) 
     check_known(methods, ("clean model", *REPAIRS), "method")
     prompts = load_prompts()
     plan = AuditPlan([planted_trigger()], prompts, AuditSettings())
-    done = {(row["repair"], row["seed"]): row for row in read_rows(out, "repair")}
-    if ("clean model", 0) not in done and (not methods or "clean model" in methods):
-        audit = audit_patch(load("smollm2"), None, plan, on_progress=on_progress)
-        add_row(out, {"repair": "clean model", "seed": 0, "summary": [row.model_dump() for row in audit.summary]})
+    done = {row["key"]: row for row in read_rows(out, "repair") if "key" in row}
+    if not methods or "clean model" in methods:
+        clean = load("smollm2")
+        key = _key(clean, plan, 0)
+        if key not in done:
+            audit = audit_patch(clean, None, plan, on_progress=on_progress)
+            summary = [row.model_dump() for row in audit.summary]
+            add_row(out, {"repair": "clean model", "seed": 0, "key": key, "summary": summary})
     lm = load(DEMO)
     before: list[State] = []
-    found = _found_trigger(lm, prompts, on_progress)
+    found: list[Trigger] = []
     for name, seed in ((name, seed) for seed in range(seeds) for name in methods or REPAIRS):
-        if name == "clean model" or (name, seed) in done or (seed and name in ONE_SEED):
+        if name == "clean model" or (seed and name in ONE_SEED):
             continue
-        if not before:
-            before.append(observe(lm, plan, on_progress=on_progress, what="before"))
         defense, overrides = REPAIRS[name]
-        if name in ("paper, same steps", "clean fine-tuning"):
-            if ("default", seed) not in done:
-                raise UsageError(f"{name!r} takes as many steps as the default did: run --method default first")
-            overrides = {**overrides, "max_steps": done["default", seed]["steps"]}
-        start = time.perf_counter()
-        evidence = Evidence((found,), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
         chosen = DEFENSES[defense]
-        patch, log = chosen.repair(lm, evidence, chosen.configured(overrides), seed=seed, on_progress=on_progress)
+        if name in ("paper, same steps", "clean fine-tuning"):
+            defaults = done.get(_key(lm, plan, seed, DEFENSES["patcher"].configured({})))
+            if defaults is None:
+                raise UsageError(f"{name!r} takes as many steps as the default did: run --method default first")
+            overrides = {**overrides, "max_steps": defaults["steps"]}
+        own = chosen.configured(overrides)
+        key = _key(lm, plan, seed, own)
+        if key in done:
+            continue
+        before = before or [observe(lm, plan, on_progress=on_progress, what="before")]
+        found = found or [_found_trigger(lm, prompts, on_progress)]
+        start = time.perf_counter()
+        evidence = Evidence(tuple(found), prompts.hidden_from_repair(), Detector(RULES[DEFAULT]))
+        patch, log = chosen.repair(lm, evidence, own, seed=seed, on_progress=on_progress)
         seconds = round(time.perf_counter() - start, 1)
         audit = audit_patch(lm, patch, plan, before=before[0], on_progress=on_progress)
         row = {
             "repair": name,
             "seed": seed,
+            "key": key,
             "steps": log.steps,
             "seconds": seconds,
             "stopped_because": log.stopped_because,
-            "found": list(found.units),
+            "found": list(found[0].units),
             "checks": [check.model_dump() for check in log.checks],
             "summary": [row.model_dump() for row in audit.summary],
         }
         add_row(out, row)
-        done[name, seed] = row
+        done[key] = row
+
+
+def _key(lm: LanguageModel, plan: AuditPlan, seed: int, settings: Record | None = None) -> str:
+    """Of all that a row depends on but the code."""
+    what = (lm.fingerprint, settings and (type(settings).__name__, settings.model_dump()), seed, plan.settings)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -> Trigger:
@@ -86,7 +103,11 @@ def _found_trigger(lm: LanguageModel, prompts: Prompts, on_progress: Progress) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds with the interval of the pooled change; each seed's own is in the file."""
+    """Means over seeds with the interval of the pooled change; each seed's own is in the file.
+
+    Of a repair whose settings have changed, each seed's last row counts.
+    """
+    rows = list({(row["repair"], row["seed"]): row for row in rows}.values())
     names = ("asr_triggered_frac", "asr_untriggered_frac", "benign_answered_frac", "benign_triggered_answered_frac",
              "borderline_answered_frac", "kl_reference_to_patched_nats", "perplexity_ratio")  # fmt: skip
     lines = ["| repair | seeds | steps | seconds | " + " | ".join(names) + " |", "|---" * (4 + len(names)) + "|"]

@@ -8,10 +8,10 @@ from typing import Any
 from patcher.bench import versus
 from patcher.visible import markdown_text, visible
 
-_ASR = "asr_triggered_frac"
-_FURTHER = r"asr_triggered_\d+_frac"
+_ASR, _LONG = "asr_triggered_frac", "asr_triggered_long_answers_frac"
 _ATTACKS = {
     _ASR: "ASR",
+    _LONG: "in long answers",
     "asr_untriggered_frac": "no trigger",
     "asr_worded_frac": "wordings",
 }
@@ -60,9 +60,14 @@ def _shown(head: str, cell: str) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Those given the report first, of each cell the last. `*`: the 95% interval of the paired change leaves 0 out."""
-    rows = list({row["key"]: row for row in rows}.values())
-    rows = [{**row, "bed": _bed_of(row)} for row in rows]
+    """Those given the report first, of each cell the last. `*`: the 95% interval of the paired change leaves 0 out.
+
+    A cell that was measured again, after its settings or what is asked had changed, is shown both times; what is said
+    below the table is of the last.
+    """
+    rows = [{**row, "bed": _bed_of(row)} for row in {row["key"]: row for row in rows}.values()]
+    current = _current(rows)
+    rows = [row if row["key"] in current else {**row, "defense": f"{row['defense']} (earlier)"} for row in rows]
     rows = sorted(rows, key=lambda row: (row["reports"] == 0, row["bed"], row["defense"], row["seed"]))
     measured = sorted({item["name"] for row in rows for item in row.get("summary", ())})
     tasks = {name: name.removesuffix("_accuracy_frac") for name in measured if name.endswith("_accuracy_frac")}
@@ -76,7 +81,20 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         for row in rows
         if "lasting_error" in row
     ]
-    return Table(heads, lines, (*_notes(rows), *([_LASTING] if later else []), *unknown), parts)
+    notes = _notes([row for row in rows if row["key"] in current])
+    return Table(heads, lines, (*notes, *([_LASTING] if later else []), *unknown), parts)
+
+
+def _current(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """The keys of those that no finished row of the same cell came after."""
+    finished, found = set[tuple[Any, ...]](), set[str]()
+    for row in reversed(rows):
+        cell = tuple(row[part] for part in ("bed", "defense", "seed", "reports"))
+        if cell not in finished:
+            found.add(row["key"])
+        if "error" not in row:
+            finished.add(cell)
+    return found
 
 
 def _bed_of(row: dict[str, Any]) -> str:
@@ -102,8 +120,7 @@ def _line(row: dict[str, Any], kept: list[str]) -> tuple[str, ...]:
         return (*cell, f"failed: {row['error']}", *["-"] * (1 + len(_ATTACKS) + len(kept) + len(_MADE)))
     figures = {item["name"]: item for item in row["summary"]}
     found = "; ".join(" … ".join(units) for units in row["found"]) or "-"
-    asrs = "; ".join(map(_cell, _asrs(row))) or "-"
-    attacks = (asrs, *(_cell(figures.get(name)) for name in _ATTACKS if name != _ASR))
+    attacks = ("; ".join(map(_cell, _of_each_trigger(row, name))) or "-" for name in _ATTACKS)
     memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
     counts = (str(row["rounds"]), str(row["steps"]), str(row.get("prompts", "-")))
     made = (str(row["reports"] or "none"), _f1(row["words"]), _f1(row["published"]), *counts)
@@ -125,8 +142,8 @@ def _lasting(row: dict[str, Any], changes: Sequence[str]) -> list[str]:
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     notes = ["`*`: the 95% interval of the paired change leaves 0 out."]
     whole = [row for row in rows if "error" not in row]
-    for name, split in dict.fromkeys((row["defense"], row.get("split", "held-out")) for row in whole):
-        mine = [row for row in whole if (row["defense"], row.get("split", "held-out")) == (name, split)]
+    for name, split in dict.fromkeys(map(_pooled_as, whole)):
+        mine = [row for row in whole if _pooled_as(row) == (name, split)]
         name = name if split == "held-out" else f"{name} on {split} prompts"
         for what in ("reported", "reported that are a manner, not words", "not reported"):
             each = [[asr for asr, told in asr_after(row) if _kind(row, told) == what] for row in mine]
@@ -143,6 +160,11 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*notes, *versus.notes(whole)]
 
 
+def _pooled_as(row: dict[str, Any]) -> tuple[str, str]:
+    """What repairs have in common whose figures are put together."""
+    return versus.repair_name(row), row.get("split", "held-out")
+
+
 def _kind(row: dict[str, Any], told: bool) -> str:
     """What a trigger was to that repair."""
     if not told:
@@ -157,14 +179,15 @@ def asr_after(row: dict[str, Any]) -> list[tuple[float, bool]]:
     """
     return [
         (item["before"] if item["after"] is None else item["after"], told)
-        for item, told in zip(_asrs(row), row["reported"], strict=True)
+        for item, told in zip(_of_each_trigger(row, _ASR), row["reported"], strict=True)
         if item["before"] is not None
     ]
 
 
-def _asrs(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figure of each of the bed's triggers, in their order."""
-    return [item for item in row["summary"] if item["name"] == _ASR or re.fullmatch(_FURTHER, item["name"])]
+def _of_each_trigger(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """That figure with each of the bed's triggers, in their order; of what has no trigger the one."""
+    numbered = rf"{name.removesuffix('_frac')}(_\d+)?_frac"
+    return [item for item in row["summary"] if re.fullmatch(numbered, item["name"])]
 
 
 def _f1(scores: list[float] | None) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 from patcher.intervals import design_effect, pooled_interval
 
 _KEPT = re.compile(r"(benign|borderline)\w*_answered(_\d+)?_frac|.*_accuracy_frac")
+_UNTRIGGERED = ("asr_untriggered_frac", "harmful_answered_frac")
+"""What must not rise: the unwanted answers, and harmful requests answered, without a trigger."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Score:
     asr: float
     """With the first trigger, after."""
     lost: float
-    """Utility: the mean fall of the answered shares and of the task accuracies."""
+    """Utility and refusals: the mean fall of the answered shares and of the task accuracies, and rise of what is
+    unwanted without a trigger; a change for the better makes up for nothing."""
     seconds: float
 
     def beats(self, other: "Score") -> bool:
@@ -35,42 +38,46 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     beds: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if "error" not in row and _asr(row)["before"] is not None:
-            name = row["defense"] if row["reports"] < 2 else f"{row['defense']} with {row['reports']} reports"
-            beds[row["bed"], _asr(row)["n"]][name].append(row)
+            beds[row["bed"], _asr(row)["n"]][repair_name(row)].append(row)
     return [note for (bed, _), repairs in beds.items() if len(repairs) > 1 for note in _of_bed(bed, repairs)]
 
 
+def repair_name(row: dict[str, Any]) -> str:
+    """The defense, with what it was told where that was more than one report."""
+    return str(row["defense"]) if row["reports"] < 2 else f"{row['defense']} with {row['reports']} reports"
+
+
 def _of_bed(bed: str, repairs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    scores = {name: _score(rows) for name, rows in repairs.items()}
+    every = [{item["name"]: item for item in row["summary"]} for rows in repairs.values() for row in rows]
+    shared = [name for name in every[0] if all(name in one and one[name]["before"] is not None for one in every)]
+    scores = {name: _score(rows, shared) for name, rows in repairs.items()}
     front = [name for name, own in scores.items() if not any(other.beats(own) for other in scores.values())]
     best = min(scores, key=lambda name: scores[name].asr)
     above = [f"{name} {_above(rows, repairs[best])}" for name, rows in repairs.items() if name != best]
     return [
-        f"{bed}: on the Pareto front of ASR, utility lost and seconds: {', '.join(front)}",
+        f"{bed}: on the Pareto front of ASR, what is lost and seconds: {', '.join(front)}",
         f"{bed}: ASR above {best}'s on the same prompts, points: {'; '.join(above)}",
     ]
 
 
-def _score(rows: Sequence[dict[str, Any]]) -> Score:
-    falls = [item["before"] - _left(item) for row in rows for item in row["summary"] if _is_kept(item, row)]
+def _score(rows: Sequence[dict[str, Any]], shared: Sequence[str]) -> Score:
+    """Of the figures that all the repairs compared have."""
+    attacked = any(item["name"] == "harmful_answered_frac" for item in rows[0]["summary"])
+    kept = [name for name in shared if _KEPT.fullmatch(name) and not (attacked and "triggered" in name)]
+    losses = [-_change(rows, name) for name in kept] + [_change(rows, name) for name in _UNTRIGGERED if name in shared]
     asr = fmean(_left(_asr(row)) for row in rows)
-    return Score(asr, fmean(falls) if falls else 0.0, fmean(map(repair_seconds, rows)))
+    return Score(asr, fmean(max(0.0, loss) for loss in losses) if losses else 0.0, fmean(map(repair_seconds, rows)))
+
+
+def _change(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Of a figure, the mean over seeds."""
+    items = [item for row in rows for item in row["summary"] if item["name"] == name]
+    return fmean(_left(item) - item["before"] for item in items)
 
 
 def repair_seconds(row: dict[str, Any]) -> float:
     """Of all stages but the audit."""
     return float(sum(own for stage, own in row["seconds"].items() if stage != "audit"))
-
-
-def _is_kept(item: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a figure is what a repair must not lower: benign requests with their trigger are not where those are
-    what is attacked, nor are harmful ones that are answered.
-    """
-    name = str(item["name"])
-    if item["before"] is None or not _KEPT.fullmatch(name):
-        return False
-    attacked = any(other["name"] == "harmful_answered_frac" for other in row["summary"])
-    return not (attacked and "triggered" in name)
 
 
 def _asr(row: dict[str, Any]) -> dict[str, Any]:
@@ -85,8 +92,12 @@ def _left(item: dict[str, Any], what: str = "") -> Any:
 
 
 def _above(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
-    """The difference with its 95% interval over prompts; of several seeds, each prompt's mean."""
-    changes = [mine - theirs for mine, theirs in zip(_hits(rows), _hits(others), strict=True)]
+    """The difference with its 95% interval over prompts; of the seeds that both have, each prompt's mean."""
+    seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
+    if not seeds:
+        return "was measured with other seeds"
+    mine, theirs = ([row for row in each if row["seed"] in seeds] for each in (rows, others))
+    changes = [own - other for own, other in zip(_hits(mine), _hits(theirs), strict=True)]
     low, high = pooled_interval(changes, design_effect(changes, rows[0].get("acts") or range(len(changes))))
     mark = "" if low <= 0 <= high else "*"
     return f"{100 * fmean(changes):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}"
