@@ -36,12 +36,21 @@ class Journal:
         self._folder, self._on_progress = folder, on_progress
 
     def once(
-        self, name: str, make: Callable[[], Piece], save: Callable[[Piece, Path], Any], read: Callable[[Path], Piece]
+        self,
+        name: str,
+        make: Callable[[], Piece],
+        save: Callable[[Piece, Path], Any],
+        read: Callable[[Path], Piece],
+        *,
+        of: object = None,
     ) -> Piece:
-        """What `make` gives, or gave an earlier run. `save` writes a file or a folder at the path it is given."""
+        """What `make` gives, or gave an earlier run of the same, whose `repr` tells it from others of that name.
+
+        `save` writes a file or a folder at the path it is given.
+        """
         if self._folder is None:
             return make()
-        path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_hash(name)[:6]}"
+        path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{_hash(repr((name, of)))[:12]}"
         if os.path.lexists(path):
             try:
                 piece = read(path)
@@ -74,7 +83,13 @@ class Journal:
                 part.write_text(json.dumps(seconds), encoding="utf-8")
 
     def values(
-        self, name: str, make: Callable[[], list[Piece]], kind: type[object] = object, count: int | None = None
+        self,
+        name: str,
+        make: Callable[[], list[Piece]],
+        kind: type[object] = object,
+        count: int | None = None,
+        *,
+        of: object = None,
     ) -> list[Piece]:
         """`once` for a list that JSON can hold. One that does not hold `count` values of that kind is made again."""
 
@@ -86,7 +101,10 @@ class Journal:
                 raise ValueError(f"expected {count} values, got {len(found)}")
             return found
 
-        return self.once(name, make, lambda piece, path: path.write_text(json.dumps(piece), encoding="utf-8"), read)
+        def save(piece: list[Piece], path: Path) -> None:
+            path.write_text(json.dumps(piece), encoding="utf-8")
+
+        return self.once(name, make, save, read, of=of)
 
     def _tell(self, what: str) -> None:
         if self._on_progress:

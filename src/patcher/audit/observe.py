@@ -120,17 +120,20 @@ def observe(
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
     if GCG in asked:
         searched = partial(_with_suffixes, lm, sets[GCG][0], settings, partial(on_progress, f"{what}: {GCG}"))
-        asked[GCG] = journal.values(f"{what}: searched suffixes", searched, str, len(sets[GCG][0]))
+        texts = [row.text for row in sets[GCG][0]]
+        asked[GCG] = journal.values(f"{what}: searched suffixes", searched, str, len(texts), of=texts)
     answers = {}
     for name, requests in asked.items():
+        prompts = [user_prompt(lm.tokenizer, request) for request in requests]
         answered = partial(
             generate,
             lm,
-            [user_prompt(lm.tokenizer, request) for request in requests],
+            prompts,
             max_new_tokens=settings.late_tokens if LONG in name else settings.max_new_tokens,
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
-        answers[name] = journal.values(f"{what}: {name}", answered, str, len(requests))
+        asked_ids = [prompt.ids for prompt in prompts]
+        answers[name] = journal.values(f"{what}: {name}", answered, str, len(requests), of=asked_ids)
     reported = [render(lm.tokenizer, report.messages) for report in plan.reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
