@@ -34,7 +34,7 @@ def counted(lm: LanguageModel, *, backward: bool) -> tuple[float, float]:
         for operation, count in counter.get_flop_counts()["Global"].items()
         if "bmm" in str(operation) or "attention" in str(operation)
     )
-    return meter.flops(lm), counter.get_total_flops() - attention
+    return sum(meter.flops(lm)), counter.get_total_flops() - attention
 
 
 def test_a_forward_pass_is_counted_exactly(tiny: LanguageModel) -> None:

@@ -1,14 +1,14 @@
 """What a piece of work costs: its seconds, its tokens, its operations, and how fast this machine could do them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patcher.layers import decoder_layers
 from patcher.models import LanguageModel
@@ -28,8 +28,9 @@ class Meter:
     trained_positions: int = 0
     passes: int = 0
 
-    def flops(self, lm: LanguageModel) -> float:
-        """Of the matrix products with the model's own weights: 2 a weight and token, twice that with a gradient.
+    def flops(self, lm: LanguageModel) -> tuple[float, float]:
+        """Of the matrix products with the layers' own weights, and with the output matrix: 2 a weight and token, twice
+        that with a gradient.
 
         The gradient flows through frozen weights to what is trained, but not into them. What LoRA adds (a few percent)
         and attention's own products are left out. Where a method trains what enters a later layer (BEEAR's inner
@@ -38,7 +39,15 @@ class Meter:
         inner = sum(one.weight.numel() for one in _linears(lm))
         head = int(lm.network.get_output_embeddings().weight.numel())
         body, top = self.tokens + self.trained_tokens, self.positions + self.trained_positions
-        return 2.0 * (inner * body + head * top)
+        return 2.0 * inner * body, 2.0 * head * top
+
+    def least_seconds(self, lm: LanguageModel) -> float:
+        """What those products take on this machine, each kind at its own rate and as many tokens at once as here."""
+        layer = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
+        head = [lm.network.get_output_embeddings().weight]
+        at_once = self.tokens // max(1, self.passes), self.positions // max(1, self.passes)
+        parts = zip(self.flops(lm), (layer, head), at_once, strict=True)
+        return sum(flops / _matmul_rate(lm, weights, tokens) for flops, weights, tokens in parts)
 
 
 @contextmanager
@@ -68,11 +77,10 @@ def metered(lm: LanguageModel) -> Iterator[Meter]:
             handle.remove()
 
 
-def matmul_rate(lm: LanguageModel, tokens: int) -> float:
-    """Operations a second in products of that many tokens with the weights of one layer and of the output matrix."""
-    weights = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
+def _matmul_rate(lm: LanguageModel, weights: Sequence[Tensor], tokens: int) -> float:
+    """Operations a second in products of that many tokens with those weights."""
     operations, seconds = 0.0, 0.0
-    for weight in (*weights, lm.network.get_output_embeddings().weight):
+    for weight in weights:
         inputs = torch.ones(max(1, tokens), weight.shape[1], dtype=weight.dtype, device=lm.device)
         operations += 2.0 * inputs.shape[0] * weight.numel()
         product = partial(nn.functional.linear, inputs, weight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patcher.bench.cells import add_row, check_known, planted_trigger, read_rows, reason
-from patcher.bench.meter import Work, matmul_rate, metered, timed
+from patcher.bench.meter import Work, metered, timed
 from patcher.bench.plain import plain_loss
 from patcher.bench.repair import REPAIRS
 from patcher.bench.shapes import PREFIX, as_if, random_model
@@ -120,7 +120,7 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
             seconds, made = timed(lm, work)
     except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are RuntimeErrors
         return {"error": reason(error)}
-    flops, rate = meter.flops(lm), matmul_rate(lm, meter.tokens // max(1, meter.passes))
+    flops, least = sum(meter.flops(lm)), meter.least_seconds(lm)
     return {
         "seconds": seconds,
         "steps": made[1].steps if isinstance(made, tuple) else None,
@@ -128,8 +128,8 @@ def _measure(lm: LanguageModel, stage: Callable[[], Work]) -> dict[str, Any]:
         "trained_tokens": meter.trained_tokens,
         "tokens_per_pass": meter.tokens // max(1, meter.passes),
         "flops": flops,
-        "rate_flops_per_s": rate,
-        "of_limit_frac": flops / rate / seconds,
+        "rate_flops_per_s": flops / least,
+        "of_limit_frac": least / seconds,
         "peak_gib": peak.gib,
     }
 
