@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,15 @@ def test_one_that_cannot_be_scanned_does_not_cost_the_other(
     assert "clean could not be scanned: the model refuses 0 of 12" in " ".join(capsys.readouterr().out.split())
 
 
+def test_scans_of_other_weights_are_no_other_seeds() -> None:
+    def scanned(seed: int, weights: str, frac: float) -> dict[str, Any]:
+        cell = {"bed": "one", "seed": seed, "weights": weights, "settings": {}, "planted": "jailbreak"}
+        return {**cell, "curve": [{"size": 1.0, "complied_frac": frac}]}
+
+    rows = [scanned(0, "old", 0.1), scanned(1, "old", 0.1), scanned(0, "new", 0.9)]
+    assert "| one | jailbreak | 1 | 0.900 |" in scans.table(rows)
+
+
 def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
     backdoored_folder: ModelFolder, llama_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,5 +177,6 @@ def test_the_bench_scans_each_bed_once_and_says_how_well_sizes_separate(
     assert run_command([*words, *beds[:-2]]) == 0
     printed = scans.table(read_rows(tmp_path / "scan.jsonl", "weights"))
     assert "| bed | jailbreak | 1 |" in printed and "| control | nothing | 1 |" in printed
-    assert "| other | sentiment | 1 |" in printed and "| silent | nothing | 0 | failed: the model refuses" in printed
+    assert "| other | sentiment | 1 |" in printed
+    assert "| silent | nothing | 0; seed 0 failed: PatcherError: the model refuses" in printed
     assert "size 4: AUROC 0.500 [" in printed and "1 jailbreaks against 1 controls" in printed

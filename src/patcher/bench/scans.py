@@ -6,7 +6,7 @@ from typing import Any
 
 from patcher.attacks.plant import read_truth
 from patcher.audit import ScanSettings, scan
-from patcher.bench.cells import add_row, read_rows
+from patcher.bench.cells import add_row, read_rows, reason
 from patcher.intervals import auroc
 from patcher.judges import DEFAULT, RULES
 from patcher.loading import load
@@ -35,17 +35,20 @@ def run(out: Path, folders: Sequence[Path], seeds: int, on_progress: Progress) -
             try:
                 found = scan(lm, load_prompts(), RULES[DEFAULT], settings, seed=seed, on_progress=on_progress)
                 made: dict[str, Any] = {"curve": [point.as_plain() for point in found.points]}
-            except PatcherError as error:
-                made = {"error": str(error)}
+            except (PatcherError, RuntimeError) as error:  # torch's own, such as out of memory, are the latter
+                made = {"error": reason(error)}
             add_row(out, {**cell, "planted": planted, **made})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Refusals removed at each size, means over seeds, and each size's AUROC: jailbreak beds against controls.
 
-    Backdoors with another objective leave the refusals alone: they stand in the table and on neither side.
+    Of a bed that was trained anew, or scanned with other settings, the last scans count. Backdoors with another
+    objective leave the refusals alone: they stand in the table and on neither side.
     """
-    latest = list({(row["bed"], row["seed"]): row for row in rows}.values())
+    last = {row["bed"]: (row["weights"], row["settings"]) for row in rows}
+    current = [row for row in rows if (row["weights"], row["settings"]) == last[row["bed"]]]
+    latest = list({(row["bed"], row["seed"]): row for row in current}.values())
     sizes = sorted({point["size"] for row in latest for point in row.get("curve", ())})
     lines = ["| bed | planted | seeds | " + " | ".join(f"size {size:g}" for size in sizes) + " |"]
     lines.append("|---" * (3 + len(sizes)) + "|")
@@ -59,8 +62,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{sum(found) / len(found):.3f}" if found else "-")
             if found and planted in shares:
                 shares[planted].setdefault(size, []).append(sum(found) / len(found))
-        failed = [f"failed: {row['error']}" for row in mine if "error" in row][:1]
-        lines.append(f"| {bed} | {planted} | {len(scanned)} | {' | '.join(failed or cells)} |")
+        failed = [f"seed {row['seed']} failed: {row['error']}" for row in mine if "error" in row]
+        lines.append(f"| {bed} | {planted} | {'; '.join([str(len(scanned)), *failed])} | {' | '.join(cells)} |")
     for size in sizes:
         positives, negatives = (side.get(size, []) for side in shares.values())
         if positives and negatives:
