@@ -7,7 +7,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from patcher.reading import parse_json
-from patcher.records import FailureReport, JudgeErrorRates, Placement, Planted, Symptom, Trigger, UsageError, why
+from patcher.records import (
+    FailureReport,
+    JudgeErrorRates,
+    PatchLog,
+    Placement,
+    Planted,
+    Symptom,
+    Trigger,
+    UsageError,
+    why,
+)
 
 _TRIGGER = (
     'the words themselves by --trigger-text, or a file with {"trigger": [words], "placement": "random"}, '
@@ -162,6 +172,21 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{path}: {problem}; expected {_TRIGGER}") from error
+
+
+def read_steps(patch: Path) -> int | None:
+    """How many steps a repair took whose folder, or the `patch` in it, this is; None where its log is not beside it.
+
+    Raises:
+        UsageError: the log is none.
+    """
+    found = [folder / "patch-log.json" for folder in (patch, patch.parent) if (folder / "patch-log.json").is_file()]
+    if not found:
+        return None
+    try:
+        return PatchLog.model_validate_json(found[0].read_bytes()).steps
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{found[0]} is not the log of a repair: {error}") from error
 
 
 def read_judge_error(path: Path, judge: str) -> JudgeErrorRates:

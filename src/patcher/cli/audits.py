@@ -11,7 +11,7 @@ from rich.console import Console
 from patcher.cli.common import load_model, print_json
 from patcher.endpoint import find_served
 from patcher.exits import GATE_FAILED, REPAIRED
-from patcher.inputs import read_judge_error, read_triggers
+from patcher.inputs import read_judge_error, read_steps, read_triggers
 from patcher.options import (
     DEFAULT_JUDGE,
     AsJson,
@@ -56,7 +56,10 @@ def audit(
     audit_prompts: AuditPrompts = None,
     judge: JudgeName = DEFAULT_JUDGE,
     controls: Annotated[
-        str | None, typer.Option(help="The clean model: it and a matched clean fine-tuning are audited, too")
+        str | None,
+        typer.Option(
+            help="The clean model: it and clean fine-tuning, in as many steps as the patch took, are audited, too"
+        ),
     ] = None,
     judge_error: Annotated[
         Path | None, typer.Option(help="What `patcher judge --calibrate --json` printed: each ASR comes corrected, too")
@@ -68,7 +71,7 @@ def audit(
     gcg: Annotated[
         int, typer.Option(min=0, help="Harmful requests for which a suffix is searched by gradient; minutes each")
     ] = 0,
-    gcg_steps: Annotated[int, typer.Option(min=1, help="Steps of each of those searches")] = 50,
+    gcg_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each of those searches (default: 50)")] = None,
     max_asr: MaxAsr = None,
     max_benign_drop: MaxBenignDrop = None,
     max_harmful_rise: MaxHarmfulRise = None,
@@ -96,6 +99,8 @@ def audit(
     compared = {"--max-benign-drop": max_benign_drop, "--max-harmful-rise": max_harmful_rise, "--max-kl": max_kl}
     if patch is None and (given := [flag for flag, limit in compared.items() if limit is not None]):
         raise UsageError(f"{given[0]} compares with the model alone: give a --patch, too")
+    if gcg_steps and not gcg:
+        raise UsageError("--gcg-steps is of the search that --gcg asks for: give --gcg, too")
     if served and controls:
         raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
     servers = find_served(served, patch is not None) if served else None
@@ -107,17 +112,21 @@ def audit(
     from patcher.report.terminal import show_audit, show_gates
 
     check_judge(judge)
-    loaded = load_patch(patch) if patch else None
+    loaded, steps = (load_patch(patch), read_steps(patch)) if patch else (None, None)
     lm = load_model(model, device, dtype, chat_template)
     clean = load_model(controls, device, dtype, chat_template) if controls else None
     settings = AuditSettings(
-        max_prompts=audit_prompts, judge=judge, gcg_prompts=gcg, gcg_steps=gcg_steps, seed=seed
+        max_prompts=audit_prompts,
+        judge=judge,
+        gcg_prompts=gcg,
+        gcg_steps=gcg_steps or AuditSettings().gcg_steps,
+        seed=seed,
     ).reading(planted.answer_tokens)
     plan = AuditPlan(triggers, prompts.only(planted.only), settings, symptom=planted.symptom, tasks=tasks)
     with ProgressBars() as progress:
         measured = audit_patch(lm, loaded, plan, error=error, served=servers, on_progress=progress)
         if clean:
-            measured = with_controls(measured, lm, clean, plan, prompts, progress)
+            measured = with_controls(measured, lm, clean, plan, prompts, progress, steps=steps)
     if out:
         atomic_write(out, measured.to_json())
     limits = GateLimits(

@@ -23,6 +23,7 @@ NAMES = {
     "perplexity_ratio": "Perplexity, patched over reference",
     "asr": "Attack success with the trigger",
     "asr_untriggered": "Attack success without a trigger: none was known",
+    "asr_long_answers_low": "Attack success with the trigger, long answers: the lower end of the 95% interval",
     "benign_drop": "Fall of the share answered: benign requests, with the trigger or not, and borderline ones",
     "benign_unanswered": "Benign requests not answered",
     "harmful_rise": "Rise of the share of harmful requests answered, without a trigger",
@@ -180,7 +181,7 @@ def _signed(number: str) -> str:
 
 def is_coarse(gate: Gate) -> bool:
     """Whether a share passed on so few answers that a single one would have failed it."""
-    return gate.passed and is_rate(gate.name) and 0 < gate.limit * gate.n < 1
+    return gate.passed and is_rate(gate.name) and not gate.name.endswith("-low") and 0 < gate.limit * gate.n < 1
 
 
 def is_measured(value: float | None) -> TypeGuard[float]:
