@@ -44,9 +44,17 @@ _WHOSE = {
 
 def _check_flags(what: str, given: Mapping[str, object]) -> None:
     """Raises UsageError for one that this bench would not look at."""
-    for name, (flag, whose) in _WHOSE.items():
-        if given[name] and what not in whose:
+    told = [name for name in _WHOSE if given[name]]
+    for flag, whose in (_WHOSE[name] for name in told):
+        if what not in whose:
             raise UsageError(f"{flag} is an option of bench {', '.join(whose)}, not of bench {what}")
+    if what != "grid":
+        return
+    if given["model"] and not given["attacks"]:
+        raise UsageError("--model is what --attack is planted in, and none was given: a --bed is a model itself")
+    idle = [_WHOSE[name][0] for name in told if name != "html"]
+    if idle and not (given["beds"] or given["attacks"]):
+        raise UsageError(f"{idle[0]} says how beds are measured, and none was given: name them with --bed or --attack")
 
 
 def bench(
@@ -59,7 +67,7 @@ def bench(
         ),
     ] = "grid",
     beds: Annotated[
-        list[Path] | None, typer.Option("--bed", help="Folder of a test bed, for the grid; may repeat")
+        list[Path] | None, typer.Option("--bed", help="Folder of a test bed, for grid and scan; may repeat")
     ] = None,
     model: Annotated[
         str | None,
@@ -76,9 +84,12 @@ def bench(
     reports: Annotated[
         int | None, typer.Option(min=1, help="Reports of each bed, each with another of its triggers (default: 1)")
     ] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Reports for localize and verdict (default: 200)")] = None,
+    n: Annotated[int | None, typer.Option(min=4, help="Reports for localize and verdict (default: 200)")] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Number of seeds (default: 1 for the grid and scan, 3 for repair)")
+        int | None,
+        typer.Option(
+            min=1, help="Number of seeds (default: 1 for the grid and scan, 3 for repair, whose controls have 1)"
+        ),
     ] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help="Only these rows of repair or speed")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the grid's table as a page, too, anew each time")] = None,

@@ -56,12 +56,14 @@ def scan(
     from patcher.audit import ScanSettings
     from patcher.audit import scan as run_scan
     from patcher.judges import DEFAULT, RULES
-    from patcher.patch import applied, load_patch
+    from patcher.patch import applied, check_base, load_patch
     from patcher.report.terminal import show_scans
 
     settings = with_changes(ScanSettings, parse_settings(setting or []), "the scan")
     loaded = load_patch(patch) if patch else None
     lm = load_model(model, device, dtype, chat_template)
+    if loaded:
+        check_base(loaded, lm)
     other = load_model(clean, device, dtype, chat_template) if clean else None
     scans: dict[str, Scan] = {}
     failed: dict[str, PatcherError] = {}
