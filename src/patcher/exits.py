@@ -1,5 +1,6 @@
 """How a command ends: every error becomes one clear message and its exit code."""
 
+import os
 import sys
 import traceback
 
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 
 from patcher.records import PatcherError, UsageError, why
 from patcher.visible import visible
+from patcher.world import is_first
 
 REPAIRED, GATE_FAILED, RUN_ERROR, NOTHING_TO_REPAIR, USAGE, UNPROVEN, INTERRUPTED, UNREAD = 0, 1, 2, 3, 4, 5, 130, 141
 CODES = {
@@ -17,6 +19,8 @@ CODES = {
     "unproven": UNPROVEN,
 }
 """Of a repair's status."""
+RESULTS = (*CODES.values(),)
+"""What a command ends with that did what it was asked: of several processes, all alike."""
 
 
 def run_app(app: typer.Typer, arguments: list[str]) -> int:
@@ -50,5 +54,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"patcher: {visible(message)}", file=sys.stderr)
+    line = f"patcher: {visible(message)}"
+    print(line, file=sys.stderr)
+    if code == RUN_ERROR and not is_first():  # whose standard error nobody reads; the others see but that it is gone
+        print(f"process {os.environ['RANK']}: {line}", file=sys.__stderr__)
     return code

@@ -15,20 +15,29 @@ def processes() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Standard output and error are the first process's alone; the processes part when the block ends."""
+    """Standard output and error are the first process's alone."""
     with ExitStack() as stack:
         if not is_first():
             nothing = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nothing))
             stack.enter_context(redirect_stderr(nothing))
         yield
+
+
+def part(*, alike: bool) -> None:
+    """The end of what the processes did together; where all have ended `alike`, when the first has written it all.
+
+    torchrun ends the others as soon as one of them ends with another code than 0.
+    """
     if processes() > 1:
         from torch import distributed
 
         if distributed.is_initialized():
+            if alike:
+                distributed.barrier()
             distributed.destroy_process_group()

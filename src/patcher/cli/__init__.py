@@ -29,8 +29,8 @@ from patcher.cli.benches import bench
 from patcher.cli.judges import judge
 from patcher.cli.repairs import demo, localize, repair
 from patcher.cli.scans import scan
-from patcher.exits import run_app
-from patcher.world import one_voice
+from patcher.exits import RESULTS, run_app
+from patcher.world import one_voice, part
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,6 +64,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character must not end a run
     with one_voice():
         code = run(sys.argv[1:])
+    part(alike=code in RESULTS)
     sys.exit(code)
 
 
