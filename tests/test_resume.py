@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from conftest import CHAT_TEMPLATE, ModelFolder
 from patcher import pipeline
 from patcher.cli import run
 from patcher.exits import RUN_ERROR
-from patcher.journal import Journal, resumed
+from patcher.journal import Journal, _begin, resumed
 from patcher.outputs import atomic_write
 from patcher.pipeline import Clock
 from patcher.records import PatcherError, UsageError
@@ -131,6 +132,36 @@ def test_whatever_fails_late_goes_on_from_what_was_finished(tmp_path: Path, late
         raise late
     with resumed(tmp_path / "out", "work", quiet) as journal:
         assert journal.values("piece", lambda: [2]) == [1]
+
+
+def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("File too large")
+
+    with (
+        pytest.raises(PatcherError, match=r"could not keep what was finished \(piece\): File too large; .*goes on"),
+        resumed(tmp_path / "out", "work", quiet) as journal,
+    ):
+        journal.once("piece", lambda: 1, full, lambda _: 2)
+
+
+def test_a_folder_that_another_run_began_meanwhile_is_left_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / ".out.unfinished"
+    folder.mkdir()
+    (folder / "work.txt").write_text("theirs")
+    with pytest.raises(UsageError, match="another run is at work"):
+        _begin(folder, "mine", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert (folder / "work.txt").read_text() == "theirs"
+
+
+def test_what_a_run_killed_while_it_cleaned_up_left_stands_in_nobodys_way(tmp_path: Path) -> None:
+    gone = tmp_path / "..out.unfinished.gone"
+    gone.mkdir()
+    (gone / "half").touch()
+    with resumed(tmp_path / "out", "work", quiet):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_takes_what_it_took_in_all_runs(tmp_path: Path) -> None:

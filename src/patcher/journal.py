@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter
+from safetensors import SafetensorError
 
 from patcher.outputs import atomic_path, beside, remove
 from patcher.reading import read_json
@@ -61,8 +63,11 @@ class Journal:
                 self._tell(f"{name}: finished by an earlier run")
                 return piece
         piece = make()
-        with atomic_path(path) as part:
-            save(piece, part)
+        try:
+            with atomic_path(path, again=True) as part:  # another run of the bench may have made the same meanwhile
+                save(piece, part)
+        except (OSError, SafetensorError) as error:  # a full disk comes as either
+            raise PatcherError(f"could not keep what was finished ({name}): {error}") from error
         return piece
 
     def seconds(self) -> dict[str, float]:
@@ -127,7 +132,7 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
         return
     folder = beside(out, "unfinished")
     made = [parent for parent in folder.parents if not parent.exists()]
-    with _alone(folder, work, out):
+    with _alone(folder, work, out, on_progress):
         try:
             yield Journal(folder, on_progress)
         except PatcherError as error:
@@ -135,31 +140,53 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
             if finished or not isinstance(error, UsageError):
                 more = "the same command, started again, goes on from what was finished"
                 raise type(error)(f"{error}; {more}") from error
-            shutil.rmtree(folder)
+            _discard(folder)
             with suppress(OSError):  # others may have written there
                 for parent in made:
                     parent.rmdir()
             raise
-        shutil.rmtree(folder)
+        _discard(folder)
 
 
 @contextmanager
-def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
+def _alone(folder: Path, work: str, out: Path, on_progress: Callable[[str, int, int], None]) -> Iterator[None]:
     """The folder with what an earlier run of the same work left or, if there is none, a new one; for this run only."""
     known = folder / _WORK
+    shutil.rmtree(beside(folder, "gone"), ignore_errors=True)
     with ExitStack() as locks:
         if os.path.lexists(folder):
             if folder.is_symlink() or not known.is_file():
                 raise UsageError(f"{folder} is nothing that Patcher wrote (it holds no {_WORK}): move it elsewhere")
-            _lock(locks.enter_context(known.open("rb")), out)
+            _lock(locks.enter_context(known.open("r+b")), out)  # NFS locks only what may be written
             if known.read_bytes() != _hash(work).encode():
-                shutil.rmtree(folder)  # of another model, report or setting
+                on_progress("an earlier run was of another model, report or setting: what it had finished goes", 1, 1)
+                _discard(folder)
         if not folder.exists():
-            with atomic_path(folder) as part:
-                part.mkdir(mode=0o700)
-                (part / _WORK).write_text(_hash(work), encoding="utf-8")
-            _lock(locks.enter_context(known.open("rb")), out)
+            _begin(folder, work, out)
+            _lock(locks.enter_context(known.open("r+b")), out)
         yield
+
+
+def _begin(folder: Path, work: str, out: Path) -> None:
+    """The folder for that work, whole at once. Raises UsageError when another run was quicker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        (own / _WORK).write_text(_hash(work), encoding="utf-8")
+        own.rename(folder)
+    except OSError as error:
+        shutil.rmtree(own)
+        if not folder.exists():
+            raise
+        raise UsageError(f"another run is at work on {out}: wait for it, or name another --out") from error
+
+
+def _discard(folder: Path) -> None:
+    """Remove it; what a run that is killed on the way leaves is nothing that another takes for unfinished work."""
+    gone = beside(folder, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _lock(file: BinaryIO, out: Path) -> None:

@@ -14,15 +14,17 @@ from patcher.world import is_first
 
 _NAME_BYTES = 255
 """Of a file's name, at most, on every file system that is common."""
+_RANDOM = "12345678"
+"""As long as what tempfile puts behind a name."""
 
 
 def check_new(out: Path | None, flag: str = "--out") -> None:
     """Raises UsageError when the name is taken or cannot be written: before the work, not after it."""
     if out is None:
         return
-    if os.path.lexists(out):
+    if os.path.lexists(out) or out.name == "..":
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with {flag}")
-    names = (*out.parts, beside(beside(out, "unfinished"), "part").name)
+    names = (*out.parts, beside(out, "unfinished").name + _RANDOM)
     if (most := max(len(os.fsencode(name)) for name in names)) > _NAME_BYTES:
         raise UsageError(
             f"{out.name} is too long a name: with what stands beside it until it is finished it has {most} "
