@@ -134,6 +134,20 @@ def test_the_key_goes_where_nobody_reads_it_on_the_way(
     assert Endpoint(address, "base").authorization == ({"Authorization": "Bearer secret"} if is_sent else {})
 
 
+def test_a_key_keeps_no_line_end_and_one_that_is_none_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")
+    assert Endpoint("https://host.example/v1", "base").authorization == {"Authorization": "Bearer secret"}
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(UsageError) as error:
+        Endpoint("http://localhost:1/v1", "base", 0.01).complete([[1]], 4)
+    assert "ret" not in str(error.value)
+
+
+def test_this_machine_is_asked_without_a_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patcher.endpoint._OPENER", None)
+    assert len(Endpoint(url, "base", 0.01).complete([[5, 6]], 2)) == 1
+
+
 def test_answers_come_in_the_prompts_order(url: str) -> None:
     done: list[int] = []
     prompts = [[1, 5, number] for number in range(6, 12)]

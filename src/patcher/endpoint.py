@@ -36,7 +36,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         )
 
 
+_HERE = ("localhost", "127.0.0.1", "::1")
+_DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 _OPENER = urllib.request.build_opener(_NoRedirect)
+"""Through a proxy where the environment names one; this machine is asked directly, or a proxy would see the key."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class Endpoint:
         url = f"{self.url.rstrip('/')}/{path}"
         data = json.dumps({"model": self.model, "temperature": 0, **body}).encode()
         headers = {"Content-Type": "application/json", **self.authorization}
+        opener = _DIRECT if urlsplit(url).hostname in _HERE else _OPENER
         for attempt in range(_TRIES):
             try:
-                with _OPENER.open(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
+                with opener.open(urllib.request.Request(url, data, headers), timeout=_TIMEOUT_S) as reply:
                     return dict(parse_json(reply.read())["choices"][0])
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
@@ -72,9 +76,11 @@ class Endpoint:
 
     @property
     def authorization(self) -> dict[str, str]:
-        """The header that holds the key; none where others could read it, or there is no key."""
-        at, key = urlsplit(self.url), os.environ.get("OPENAI_API_KEY", "")
-        private = at.scheme == "https" or at.hostname in ("localhost", "127.0.0.1", "::1")
+        """The header that holds the key; none where others could read it, or there is no key. Raises UsageError."""
+        at, key = urlsplit(self.url), os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise UsageError("OPENAI_API_KEY holds characters that no key has: set it anew")
+        private = at.scheme == "https" or at.hostname in _HERE
         return {"Authorization": f"Bearer {key}"} if private and key else {}
 
     def complete(
