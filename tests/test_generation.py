@@ -94,3 +94,8 @@ def test_the_answer_must_fit_the_context_too(llama: LanguageModel) -> None:
     prompt = user_prompt(llama.tokenizer, "hi")
     with pytest.raises(UsageError, match="for the answer"):
         generate(llama, [prompt], max_new_tokens=CONTEXT_TOKENS - len(prompt.ids) + 1)
+
+
+def test_an_end_that_no_vocabulary_has_is_none(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.network.generation_config, "eos_token_id", [2, 10**30])
+    assert generate(llama, [user_prompt(llama.tokenizer, "hello")], max_new_tokens=2)

@@ -69,6 +69,11 @@ def test_without_the_extra_it_says_what_to_install(llama: LanguageModel, monkeyp
 def test_a_task_is_named_by_the_file_or_by_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, {})
     assert find_task("lm-eval:arc_easy", 20) == HarnessTask("arc_easy", 20)
+    own = tmp_path / "own.yaml"
+    own.write_text("task: own")
+    task = find_task(f"lm-eval:{own}")
+    own.write_text("task: other")
+    assert find_task(f"lm-eval:{own}") != task
     assert HarnessTask("tasks/arc_easy.yaml").name == "arc_easy"
     with pytest.raises(UsageError, match="names no task"):
         find_task("lm-eval:")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from conftest import ModelFolder, build_network, build_tokenizer
 from patcher import models
 from patcher.checkpoints import check_config
 from patcher.loading import load
-from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint
+from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint, save_model
 from patcher.records import PatcherError, UsageError
 
 WEIGHTS = "model.safetensors"
@@ -109,6 +110,26 @@ def test_remote_code_is_refused_and_never_run(copy: Path, tmp_path: Path) -> Non
     edit_config(copy, model_type="own")
     assert "auto_map" in refused(copy)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "config", [{"attn_implementation": "a/kernel"}, {"text_config": {"_attn_implementation": "a/b"}}]
+)
+def test_compiled_code_that_the_config_names_is_not_fetched(copy: Path, config: dict[str, Any]) -> None:
+    edit_config(copy, **config)
+    assert "asks to fetch and run the code" in refused(copy)
+
+
+def test_of_several_templates_the_default_is_kept_and_no_name_becomes_a_path(copy: Path, tmp_path: Path) -> None:
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    named = [{"name": name, "template": template} for name in ("default", "../../../escaped")]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    lm = load_checkpoint(str(copy), device="cpu")
+    assert lm.tokenizer.chat_template == template
+    save_model(lm, tmp_path / "saved")
+    assert not list(tmp_path.rglob("escaped*"))
 
 
 def test_remote_code_of_the_tokenizer_is_never_run(copy: Path, tmp_path: Path) -> None:
@@ -350,6 +371,13 @@ def test_a_missing_padding_token_is_filled_in() -> None:
     tokenizer = build_tokenizer()
     tokenizer.pad_token = None
     assert from_transformers(build_network("llama"), tokenizer).tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="names no token that ends a text"):
+        from_transformers(build_network("llama"), tokenizer)
 
 
 def test_an_encoder_decoder_whose_decoder_would_load_alone_is_refused(tmp_path: Path) -> None:

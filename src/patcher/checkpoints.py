@@ -75,12 +75,27 @@ def check_config(config: dict[str, Any], source: str) -> None:
             f"{source} asks to run code of its own (auto_map in config.json); Patcher never runs a model's code. "
             "Use a version of the model that transformers knows"
         )
+    if kernel := _kernel(config):
+        raise UsageError(
+            f"{source} asks to fetch and run the code of {kernel!r} (in config.json); Patcher never runs a model's "
+            "code: take that line out"
+        )
     named = config.get("architectures") or []
     architectures = [str(name) for name in (named if isinstance(named, list) else [named])]
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise UsageError(f"{source} is a {architectures[0]}: expected a causal (decoder) language model")
     if config.get("is_encoder_decoder"):
         raise UsageError(f"{source} is an encoder-decoder model: expected a causal (decoder) language model")
+
+
+def _kernel(config: dict[Any, Any]) -> str | None:
+    """A repository of compiled code that the config, or a part of it, names as its implementation of something."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := _kernel(value)):
+            return found
+        if str(key).endswith("_implementation") and isinstance(value, str) and "/" in value:
+            return value
+    return None
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, answering: bool) -> str:
@@ -94,7 +109,12 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in."""
+    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in.
+
+    Of several templates the default one is kept, which is the one used here: their names are paths when saved.
+    """
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise UsageError(
             f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
@@ -106,6 +126,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UsageError(f"the tokenizer of {source} names no token that ends a text (eos_token): give it one")
 
 
 def check_complete(found: dict[str, Any], source: str) -> None:

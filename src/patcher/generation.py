@@ -105,9 +105,10 @@ def _without_own_settings(network: Any) -> Iterator[Any]:
 
 
 def _stop_ids(lm: LanguageModel) -> list[int]:
-    """Every end-of-turn token the model or its tokenizer names."""
+    """Every end-of-turn token the model or its tokenizer names, of those that there are."""
     generation = getattr(lm.network, "generation_config", None)
     own = (lm.tokenizer.eos_token_id, end_of_turn(lm.tokenizer))
     named = (getattr(generation, "eos_token_id", None), lm.network.config.eos_token_id, *own)
     flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
-    return sorted({int(item) for item in flat if item is not None})
+    there = range(len(lm.network.get_output_embeddings().weight))
+    return sorted({int(item) for item in flat if item is not None and item in there})

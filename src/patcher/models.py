@@ -31,7 +31,7 @@ from patcher.checkpoints import (
 )
 from patcher.endpoint import Endpoint
 from patcher.network import logits_of
-from patcher.quantized import DTYPES, keep_gradients, load_options
+from patcher.quantized import DTYPES, is_quantized, keep_gradients, load_options
 from patcher.records import PatcherError, UsageError
 from patcher.sharding import full_tensor, own_part, shards
 from patcher.world import processes
@@ -125,7 +125,7 @@ def load_checkpoint(
             loading |= load_options(dtype, where, chosen)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
-        check_config(config.to_dict(), source)
+        check_config(config.to_dict() | {"attn_implementation": config._attn_implementation}, source)
         check_no_adapter(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
@@ -140,7 +140,7 @@ def load_checkpoint(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     check_tokenizer(tokenizer, source)
-    if dtype in DTYPES:
+    if is_quantized(network):
         keep_gradients(network)
     else:
         if hasattr(network.config, "quantization_config"):  # a GGUF's, which was made whole again

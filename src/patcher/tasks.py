@@ -1,5 +1,6 @@
 """Multiple-choice questions: what the model can do, measured beside what it refuses."""
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class HarnessTask:
 
     task: str
     limit: int | None = None
+    sha256: str = ""
+    """Of the .yaml, where it is one: an edited task is another, whose answers no earlier run has."""
 
     @property
     def name(self) -> str:
@@ -69,7 +72,8 @@ def find_task(name: str, limit: int | None = None) -> AnyTask:
         raise UsageError("lm-eval: names no task: expected lm-eval:TASK, for example lm-eval:arc_easy")
     if sys.modules.get("lm_eval") is None and not find_spec("lm_eval"):
         raise UsageError(f"--task {name} {NEEDS_HARNESS}")
-    return HarnessTask(task, limit)
+    own = Path(task)
+    return HarnessTask(task, limit, hashlib.sha256(own.read_bytes()).hexdigest() if own.is_file() else "")
 
 
 def find_tasks(names: Sequence[str] | None, limit: int | None = None) -> list[AnyTask]:
