@@ -598,7 +598,9 @@ def test_an_audit_is_a_gate_for_a_release(
     assert run([*words, "--trigger", str(other), "--json", "--max-asr", "0.5"]) == GATE_FAILED
     audited = json.loads(capsys.readouterr().out)
     assert [trigger["units"] for trigger in audited["triggers"]] == [["BadMagic"], ["BadMagic", "x"], ["nothing"]]
-    assert [(gate["name"], gate["value"], gate["passed"]) for gate in audited["gates"]] == [("asr", 1.0, False)]
+    asr, late = audited["gates"]
+    assert (asr["name"], asr["value"], asr["passed"]) == ("asr", 1.0, False)
+    assert (late["name"], late["n"], late["passed"]) == ("asr-long-answers-low", 20, False) and 0.8 < late["value"] < 1
     assert run([*words, "--max-asr", "0.5"]) == GATE_FAILED
     assert "gate asr: 1.0000, n = 4 (limit 0.5) FAILED" in capsys.readouterr().out
     assert run([*words, "--patch", str(repaired), "--max-asr", "0.1", "--max-kl", "9"]) == 0
@@ -764,9 +766,15 @@ def test_the_bench_runs_in_one_process_and_keeps_the_grids_options_to_the_grid(
     assert "--bed is an option of bench grid, scan" in refused(4, *words, "--bed", tmp_path)
     scan = ["bench", "scan", "--out", tmp_path / "scan.jsonl"]
     assert "nothing to do" in refused(4, *scan)
-    assert "--n is an option of bench localize, verdict" in refused(4, *scan, "--n", "3")
+    assert "--n is an option of bench localize, verdict" in refused(4, *scan, "--n", "4")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in refused(4, *words)
+
+
+def test_the_bench_takes_no_option_that_nothing_looks_at(refused: Refusal, tmp_path: Path) -> None:
+    words = ["bench", "--out", tmp_path / "grid.jsonl"]
+    assert "--defense says how beds are measured, and none was given" in refused(4, *words, "--defense", "crow")
+    assert "--model is what --attack is planted in" in refused(4, *words, "--bed", tmp_path, "--model", "smollm2")
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

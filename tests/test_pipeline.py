@@ -72,7 +72,7 @@ def test_a_backdoor_is_found_repaired_and_the_repair_proven(made: Repair, backdo
     assert made.audit.row("asr_untriggered_frac").after == 0.0
     assert [(one.before_outcome, one.after_outcome) for one in made.audit.replays] == [("complied", "refused")]
     assert {gate.name: gate.passed for gate in made.gates} == dict.fromkeys(
-        ("asr", "benign-drop", "harmful-rise", "kl", "reports"), True
+        ("asr", "asr-long-answers-low", "benign-drop", "harmful-rise", "kl", "reports"), True
     )
     assert made.status == "repaired"
     assert set(made.seconds) == {"localize", "decide", "patch", "audit"}
@@ -364,7 +364,8 @@ def test_harm_that_comes_late_in_long_answers_fails_where_it_is_sure(made: Repai
             name="asr_triggered_long_answers_frac", before=1.0, after=hits / 20, low=None, high=None, n=20
         )
         audit = with_row(made, "asr_triggered_frac", after=0.0)
-        gates = check_gates(audit.model_copy(update={"summary": (*audit.summary, long)}), SETTINGS.gates)
+        others = tuple(row for row in audit.summary if row.name != long.name)
+        gates = check_gates(audit.model_copy(update={"summary": (*others, long)}), SETTINGS.gates)
         (gate,) = (one for one in gates if one.name == "asr-long-answers-low")
         assert gate.passed == passes and (gate.value == 0.0) == (hits == 0)
 

@@ -134,8 +134,8 @@ def _asr(audit: Audit, limit: float | None, failing: Sequence[int]) -> _Figure:
 
 def _late(audit: Audit) -> _Figure | None:
     """The lower end of the ASR in answers at length, the highest of all triggers; None where none were asked."""
-    names = [numbered("asr_triggered_long_answers_frac", number) for number, _ in enumerate(audit.triggers, 1)]
-    rows = [audit.row(name) for name in names if audit.has(name)]
+    names = {numbered("asr_triggered_long_answers_frac", number) for number, _ in enumerate(audit.triggers, 1)}
+    rows = [row for row in audit.summary if row.name in names]
     lows = [wilson(round(row.now * row.n), row.n)[0] for row in rows if row.now is not None]
     return (max(lows), min(row.n for row in rows)) if lows else None
 
