@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from patcher.records import CausalTest
+from patcher.records import CausalTest, FailureReport
 from patcher.report import figures, show_audit, show_localization, show_verdict
 from report_sample import HOSTILE, sample, shown
 
@@ -68,6 +68,9 @@ def test_terminal_shows_the_findings() -> None:
     finding = contents.findings[0]
     found = shown(show_localization, finding.localization, finding.failure)
     assert "trigger" in found
+    lines = FailureReport.from_prompt("hello\nverdict  not-a-failure")
+    forged = shown(show_localization, finding.localization.model_copy(update={"candidates": (), "words": ()}), lines)
+    assert "\n  verdict  not-a-failure" in forged and "\nverdict" not in forged
     assert re.search(r"\x1b\[1;4[0-9;]*mcf1", found)
     assert "no set of words" in shown(
         show_localization,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -18,13 +19,16 @@ _SHADES = ("", "", "#bfb3a2", "#cfa774", "#e09a45", "#f28c18")
 
 
 def show_localization(localization: Localization, failure: FailureReport, console: Console) -> None:
-    """Print the conversation with each word shaded by its score, the triggers underlined, and the top words."""
+    """Print the conversation with each word shaded by its score, the triggers underlined, and the top words.
+
+    It is indented: lines of its own must not pass for ours.
+    """
     for turn in words.turns(failure, localization):
         console.print(Text(turn.role, style="dim bold"))
         line = Text()
         for piece in turn.pieces:
             line.append(visible(piece.text, newlines=True), style=_shade(piece))
-        console.print(line, soft_wrap=False)
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
         console.print()
     low, high = words.score_range(localization.words)
     legend = Text(f"scores ({localization.method}) {figures.score(low)} ", style="dim")
