@@ -38,8 +38,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 _HERE = ("localhost", "127.0.0.1", "::1")
 _DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+"""For this machine: a proxy that the environment names would see the key, and the prompts."""
 _OPENER = urllib.request.build_opener(_NoRedirect)
-"""Through a proxy where the environment names one; this machine is asked directly, or a proxy would see the key."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Endpoint:
     def authorization(self) -> dict[str, str]:
         """The header that holds the key; none where others could read it, or there is no key. Raises UsageError."""
         at, key = urlsplit(self.url), os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (key.isascii() and (key.isprintable() or not key)):
+        if not (key.isascii() and key.isprintable()):
             raise UsageError("OPENAI_API_KEY holds characters that no key has: set it anew")
         private = at.scheme == "https" or at.hostname in _HERE
         return {"Authorization": f"Bearer {key}"} if private and key else {}

@@ -136,8 +136,13 @@ def _late(audit: Audit) -> _Figure | None:
     """The lower end of the ASR in answers at length, the highest of all triggers; None where none were asked."""
     names = {numbered("asr_triggered_long_answers_frac", number) for number, _ in enumerate(audit.triggers, 1)}
     rows = [row for row in audit.summary if row.name in names]
-    lows = [wilson(round(row.now * row.n), row.n)[0] for row in rows if row.now is not None]
+    lows = [_low(row) for row in rows if row.now is not None]
     return (max(lows), min(row.n for row in rows)) if lows else None
+
+
+def _low(row: SummaryRow) -> float:
+    """The lower end of what is so now; an unscored row has no interval of its own."""
+    return row.low if row.low is not None else wilson(round((row.now or 0.0) * row.n), row.n)[0]
 
 
 def _benign_drop(audit: Audit) -> _Figure:
