@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -12,6 +13,21 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from patcher.visible import visible
 
 _QUIET_S = 10.0
+
+
+@dataclass
+class _Run:
+    """One go at something: when and how far along it was first heard of, and how far it is."""
+
+    began: float
+    first: int
+    done: int
+
+    def left(self, now: float, total: int) -> str:
+        """The time left at the rate so far; nothing where there is no rate yet, or nothing left."""
+        if not self.first < self.done < total:
+            return ""
+        return f", {(now - self.began) / (self.done - self.first) * (total - self.done):.0f} s left"
 
 
 class ProgressBars:
@@ -29,7 +45,7 @@ class ProgressBars:
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._runs: dict[str, _Run] = {}
         self._said = 0.0
 
     def __enter__(self) -> ProgressBars:
@@ -46,14 +62,16 @@ class ProgressBars:
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show how far `what` is; an attacker's words may stand in it."""
         what = visible(what)
+        now, run = time.monotonic(), self._runs.get(what)
+        if run is None or done <= run.done:  # a further round does the same again
+            run = self._runs[what] = _Run(now, done, done)
+            if what in self._tasks:
+                self._bars.reset(self._tasks[what], total=total)
+        run.done = done
         if self._console.is_terminal:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total)
             self._bars.update(self._tasks[what], completed=done, total=total)
-            return
-        now = time.monotonic()
-        start = self._started.setdefault(what, now)
-        if now - self._said >= _QUIET_S or done == total:
+        elif now - self._said >= _QUIET_S or done == total:
             self._said = now
-            left = f", {(now - start) / done * (total - done):.0f} s left" if 0 < done < total else ""
-            print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
+            print(f"{what}: {done}/{total}{run.left(now, total)}", file=sys.stderr, flush=True)
