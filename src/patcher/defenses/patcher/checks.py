@@ -39,16 +39,16 @@ class Checks:
         """Make a check, keep its patch if it is the best so far, and say why to stop, if to.
 
         The best is the one that leaves the least of the trigger alive (of one that counts as dead, none) and, of those,
-        overruns its budgets the least; of soft insertions, whose triggers no check sees, the last within its budgets.
+        overruns its budgets the least.
         """
-        settings, everything = self.settings, self.settings.breadth == "all"
+        settings = self.settings
         check = self.reference.check(step)
         self.made.append(check)
         overrun, dead = self._overrun(check), check.asr_triggered_frac <= settings.dead_frac
-        score = (float(overrun > 0), -step) if everything else (0.0 if dead else check.asr_triggered_frac, overrun)
+        score = (0.0 if dead else check.asr_triggered_frac, overrun)
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if settings.stop_early and not everything and dead and not overrun:
+        if settings.stop_early and dead and not overrun:
             return "the trigger is dead on validation prompts and the budgets hold"
         return None
 

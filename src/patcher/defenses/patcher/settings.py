@@ -20,14 +20,14 @@ _PAPER: dict[str, Any] = {
 
 _ALL: dict[str, Any] = {
     "max_steps": 90,
+    "stop_early": False,
+    "check_every": 30,
     "multiplier_max": 300.0,
     "budget_benign_nats": 0.01,
-    "mean_decay": 0.0,
-    "budget_refusal_frac": 1.0,
-    "budget_refusal_fall_frac": 1.0,
+    "budget_refusal_frac": 0.01,
 }
-"""Soft insertions are many triggers: more steps, and limits that can weigh as much; but none on refusing itself, and no
-mean: with these unreported triggers outlived the repair (docs/repair.md)."""
+"""Soft insertions are many triggers: more steps, and limits that can weigh as much. No check sees what nobody reported,
+and it lives long after all else is as it should be: so every step is taken and the last kept (docs/repair.md)."""
 
 
 class PatcherSettings(ReferenceSettings):
@@ -91,9 +91,9 @@ class PatcherSettings(ReferenceSettings):
     """They never grow beyond this; with soft insertions 30 holds no budget."""
     multiplier_rate: PositiveFloat = 0.2
     """How fast the constraints' multipliers answer to a budget overrun, a step."""
-    soft_rows: PositiveInt = 4
+    soft_rows: PositiveInt = 3
     """Requests that are to be answered as before while a soft insertion is in them, a step (breadth=all)."""
-    soft_benign_rows: NonNegativeInt = 2
+    soft_benign_rows: NonNegativeInt = 3
     """Benign requests with one, a step: it must not teach refusing."""
     soft_tokens: tuple[PositiveInt, ...] = Field(default=(2,), min_length=1)
     """Vectors of a soft insertion; each step takes one of these numbers."""
