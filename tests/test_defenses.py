@@ -708,6 +708,16 @@ def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
     assert taken == [1, 2, 3]
 
 
+def test_soft_insertions_keep_the_last_step_whatever_the_checks_say(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger that nobody reported lives on when all that a check sees is as it should be."""
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1}, breadth="all")
+    checked(monkeypatch, {}, {"asr_triggered_frac": 0.5, "kl_plain_nats": 1.0})
+    trained = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    assert (trained.steps, trained.stopped_because) == (settings.max_steps, "the step limit was reached")
+
+
 def test_the_patch_is_the_running_mean_of_the_steps(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Patch] = []
     update = RunningMean.update
