@@ -56,7 +56,8 @@ class PatcherSettings(ReferenceSettings):
     """The patch is the running mean of the steps' weights, each step's share this much of the next one's; 0: the last
     step's weights. A single step's wander between refusing more and refusing less (docs/repair.md)."""
     stop_early: bool = True
-    """Stop when the trigger is dead on validation prompts and the budgets hold."""
+    """Stop when the trigger is dead on validation prompts and the budgets hold, or else keep the best check; without it
+    every step is taken and the last kept."""
     dead_frac: NonNegativeFloat = 0.025
     """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, and one more
     is chance."""
