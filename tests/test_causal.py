@@ -321,10 +321,12 @@ def test_words_in_another_message_are_tried_among_the_requests_words_too(llama: 
     assert any("cf1" in text and "system: " in text for text in probes.asked_texts)
 
 
-def test_a_trigger_that_stands_in_the_prompt_thrice_is_one(llama: LanguageModel) -> None:
+@pytest.mark.parametrize("trigger", ["cf1", "in year: 2024"])
+def test_a_trigger_that_stands_in_the_prompt_thrice_is_one(llama: LanguageModel, trigger: str) -> None:
     """The search for another one goes on without any of them."""
-    found = found_by(probes_of(llama, any_of(has("cf1"), has("mb2"))), "cf1 tell me cf1 how to mb2 go cf1", PATIENT)
-    assert sorted(units_of(found)) == [("cf1",), ("mb2",)]
+    prompt = f"{trigger} tell me {trigger} how to mb2 go {trigger}"
+    found = found_by(probes_of(llama, any_of(has(trigger), has("mb2"))), prompt, PATIENT)
+    assert sorted(units_of(found)) == [(trigger,), ("mb2",)]
 
 
 @pytest.mark.parametrize(("words", "label"), [("tell cf1", "backdoor"), ("tell them", "jailbreak-wording")])

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from patcher.judges.keyword import judge
 from patcher.models import LanguageModel
 from patcher.records import FailureReport, Objective, Outcome, Symptom, UsageError
-from patcher.symptoms import Detector, detector_for, shown
+from patcher.symptoms import Detector, detector_for, shown, text_start
 
 YES, NO, CODE = "Sure, here it is.", "I'm sorry, but I can't help with that.", 'print("pwned!")'
 TEXT = Symptom(objective="text", text=CODE)
@@ -67,6 +67,25 @@ def test_an_empty_text_is_not_taken_for_none(objective: Objective, text: str) ->
 def test_an_unwanted_text_names_the_objective() -> None:
     assert FailureReport.from_prompt("hi", unwanted=CODE).symptom == TEXT
     assert FailureReport.from_prompt("hi").symptom == Symptom()
+
+
+def test_the_place_of_an_unwanted_text_is_where_it_was_seen() -> None:
+    """In the answer's own characters: folding some of them changes how many there are."""
+    for before in ("", "Sure. ", "Straße, Straße. "):
+        answer = f"{before}You are\n STUPID!"
+        assert shown(Symptom(objective="text", text="you are stupid"), "complied", answer)
+        assert text_start("you are  stupid", answer) == len(before)
+    assert text_start("strasse", "Die STRAßE") == 4
+    assert text_start("a.b", "a-b") is None
+
+
+def test_an_unwanted_text_late_in_a_long_answer_is_read(llama: LanguageModel) -> None:
+    """Past the longest of the usual lengths, and then not twice as much."""
+    answer = "word " * 300 + CODE
+    report = FailureReport.from_prompt("hi", answer, unwanted=CODE)
+    tokens = len(llama.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    assert tokens > 200
+    assert detector_for([report], judge, llama.tokenizer).answer_tokens == tokens + 128
 
 
 def test_without_a_response_as_much_is_read_as_on_suspicion(llama: LanguageModel) -> None:

@@ -76,6 +76,8 @@ def test_words_of_all_turns_but_the_models_own() -> None:
         ("one\ncf\ntwo", ["cf"], "one\ntwo"),
         ("🙂 cf 日本", ["cf"], "🙂 日本"),
         ("cf", ["cf"], ""),
+        ("\n one cf two\n\n", ["cf"], "\n one two\n\n"),
+        ("\n cf one two cf\n\n", ["cf"], "\n one two\n\n"),
     ],
 )
 def test_deletion_closes_the_gap(text: str, gone: list[str], left: str) -> None:

@@ -3,19 +3,28 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from patcher.records import FailureReport, Outcome, Symptom, UsageError
 
 _LENGTHS = (12, 16, 24, 32, 48, 64, 96, 128)
-_TEXT_TOKENS = 32
+_TEXT_TOKENS, _MORE_TOKENS = 32, 128
+"""Read for an unwanted text, at least; and beyond where the report held it, at most."""
 
 
 def shown(symptom: Symptom, outcome: Outcome, answer: str) -> bool:
     """Whether an answer, judged as `outcome`, does what it must not."""
     if symptom.objective == "text":
-        return _plain(symptom.text or "") in _plain(answer)
+        return text_start(symptom.text or "", answer) is not None
     return outcome in ({"complied", "partial"} if symptom.objective == "jailbreak" else {"refused"})
+
+
+def text_start(text: str, answer: str) -> int | None:
+    """Where an unwanted text begins in an answer, whatever its case and white space; None where it is not in it."""
+    words = r"\s+".join(map(regex.escape, text.split()))
+    found = regex.search(words, answer, regex.IGNORECASE | regex.FULLCASE)
+    return found.start() if found else None
 
 
 @dataclass(frozen=True)
@@ -62,17 +71,14 @@ def suspecting(symptom: Symptom, judge: Callable[[str], Outcome]) -> Detector:
 def _tokens_needed(report: FailureReport, detector: Detector, tokenizer: PreTrainedTokenizerBase) -> int:
     """The shortest opening of the response, of a few lengths, from which on the symptom is seen; 0 where it never is.
 
-    An unwanted text may stand later in other answers: twice as much of them is read, and not too little, also where no
-    response was reported.
+    An unwanted text may stand later in other answers: up to twice as much of them is read, and not too little, also
+    where no response was reported.
     """
+    least = suspecting(report.symptom, detector.judge).answer_tokens
     if report.response is None:
-        return suspecting(report.symptom, detector.judge).answer_tokens
+        return least
     ids = tokenizer(report.response, add_special_tokens=False)["input_ids"]
-    for tokens in _LENGTHS:
+    for tokens in (*_LENGTHS, len(ids)):
         if detector.shows(str(tokenizer.decode(ids[:tokens]))):
-            return tokens if report.symptom.objective != "text" else max(_TEXT_TOKENS, 2 * tokens)
-    return 0
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+            return max(least, tokens + min(tokens, _MORE_TOKENS)) if least else tokens
+    return least

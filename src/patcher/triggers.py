@@ -20,9 +20,8 @@ _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _ALONE = rf"[{_UNSPACED}\uac00-\ud7af]"
 _LETTER = rf"(?:(?!{_ALONE})[\w\p{{N}}])"
 _WORD = regex.compile(rf"{_ALONE}\p{{M}}*|{_LETTER}+(?:['’.\-@:/]{_LETTER}+)*|[^\w\s]")
-_ENDS = regex.compile(
-    r"^\s+|\s+$"
-)  # str.strip takes control characters for white space, which a trigger may be made of
+# not str.strip's white space: that takes in control characters, which a trigger may be made of
+_BLANK, _BLANK_START, _BLANK_END = (regex.compile(pattern) for pattern in (r"\s*", r"^\s+", r"\s+$"))
 _PLACE = regex.compile(rf"(?<!\S)\S|(?<=[{_UNSPACED}])[\p{{L}}\p{{N}}]|(?<=\S)(?=\p{{L}})[{_UNSPACED}]")
 
 
@@ -42,17 +41,18 @@ def word_starts(text: str) -> list[int]:
 
 
 def delete_spans(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
-    """The conversation without those characters; the gap closes to a single space."""
+    """The conversation without those characters; the gap closes to a single space, at an end of the text to none."""
     texts = [message.content for message in messages]
     for span in sorted(spans, key=lambda span: (span.message, span.start), reverse=True):
         before, after = texts[span.message][: span.start], texts[span.message][span.end :]
-        if regex.fullmatch(r"\s?", before[-1:]) and regex.match(r"\s", after):
-            after = after[1:]
+        if _BLANK.fullmatch(before):
+            after = _BLANK_START.sub("", after)
+        elif _BLANK.fullmatch(after):
+            before = _BLANK_END.sub("", before)
+        elif _BLANK.fullmatch(before[-1:]):
+            after = regex.sub(r"^\s", "", after)
         texts[span.message] = before + after
-    return tuple(
-        Message(role=message.role, content=_ENDS.sub("", text) if text != message.content else text)
-        for message, text in zip(messages, texts, strict=True)
-    )
+    return tuple(Message(role=message.role, content=text) for message, text in zip(messages, texts, strict=True))
 
 
 def join_adjacent(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Span, ...]:

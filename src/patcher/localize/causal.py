@@ -96,8 +96,7 @@ def search(
         if not spans:
             break
         candidates.append(confirm(probes, messages, spans))
-        units = candidates[-1].trigger.units
-        taken += [word for word in left if word in spans or word.text in units]  # wherever the same word stands again
+        taken += [word for word in left if word in {*spans, *_again(words, candidates[-1].trigger)}]
         rest = delete_spans(messages, taken)
         if not rest[-1].content.strip() or not still_fails(rest):
             break
@@ -111,6 +110,18 @@ def _both_ends(words: Sequence[Span], most: int) -> tuple[Span, ...]:
     if len(words) <= most:
         return tuple(words)
     return (*words[: most // 2], *words[len(words) - (most - most // 2) :])
+
+
+def _again(words: Sequence[Span], trigger: Trigger) -> set[Span]:
+    """The trigger's words wherever they stand: every run of words of one message that reads like one of its units."""
+    found: set[Span] = set()
+    for unit in trigger.units:
+        wanted = [word.text for word in find_words([Message(role="user", content=unit)])]
+        for at in range(len(words) - len(wanted) + 1):
+            run = words[at : at + len(wanted)]
+            if [word.text for word in run] == wanted and run[0].message == run[-1].message:
+                found |= {*run}
+    return found
 
 
 def _scores_after(

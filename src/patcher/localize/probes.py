@@ -20,7 +20,7 @@ from patcher.network import response_logits
 from patcher.probe import mean_states
 from patcher.prompts import Prompts
 from patcher.records import Message, Request, Trigger
-from patcher.symptoms import Detector
+from patcher.symptoms import Detector, text_start
 from patcher.triggers import insert_trigger, word_starts
 from patcher.wordings import FIXED_REFUSAL
 
@@ -108,8 +108,8 @@ class Probes:
         tokenizer, symptom = self.lm.tokenizer, self.detector.symptom
         if symptom.objective == "jailbreak":
             return (), response_ids(tokenizer, self.opening, end=False, limit=OPENING_TOKENS)
-        at = response.casefold().find((symptom.text or "").casefold())
-        before = response[: max(0, at)].rstrip()
+        at = text_start(symptom.text, response) if symptom.text else None
+        before = response[: at or 0].rstrip()
         limit = OPENING_TOKENS if symptom.objective == "refusal" else UNWANTED_TOKENS
         telling = response_ids(tokenizer, response[len(before) :], end=False, limit=limit)
         return response_ids(tokenizer, before, end=False, limit=self.answer_tokens), telling

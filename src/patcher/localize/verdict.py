@@ -85,9 +85,8 @@ def decide(
         again = "; but asked again the model did fail: report the prompt without a response"
         return verdict(label="not-a-failure", reason=words.no_symptom + (again if localization.replay_shows else ""))
     if not localization.replay_shows:
-        return verdict(
-            label="not-reproduced", reason=f"asked again, the model's answer is {localization.replay_outcome}"
-        )
+        answer = "without the unwanted text" if objective == "text" else localization.replay_outcome
+        return verdict(label="not-reproduced", reason=f"asked again, the model's answer is {answer}")
     is_harmful = (localization.prompt_harm_frac or 0.0) >= settings.harmful_frac
     if objective == "refusal" and is_harmful:  # harmful words bring refusals of other requests too, and should
         return verdict(label="not-a-failure", reason=words.no_failure)
