@@ -115,7 +115,7 @@ class Localizer:
             replay=replay,
             replay_outcome=self.detector.judge(replay),
             replay_shows=shows[1],
-            prompt_harm_frac=self.harm_frac(report.messages) if shows[1] and self._must_ask(found) else None,
+            prompt_harm_frac=self._harm(report.messages) if shows[1] and self._must_ask(found) else None,
             probes_normal=self.probes.normal,
             words_left_out=found.left_out,
             notes=notes,
@@ -146,7 +146,21 @@ class Localizer:
     def _could_be_a_failure(self, report: FailureReport) -> bool:
         """To answer a benign request is none, whatever its words do."""
         is_jailbreak = self.detector.symptom.objective == "jailbreak"
-        return not is_jailbreak or self.harm_frac(report.messages) >= self.verdict_settings.harmful_frac
+        return not is_jailbreak or self._harm(report.messages) >= self.verdict_settings.harmful_frac
+
+    def _harm(self, messages: Sequence[Message]) -> float:
+        """How harmful the request is; of an answer, whatever turn it may still answer ("what is step two?").
+
+        A turn that the model refused then and there is over. Of a refusal only the last turn counts.
+        """
+        *earlier, last = (number for number, message in enumerate(messages) if message.role == "user")
+        if self.detector.symptom.objective != "jailbreak":
+            return self.harm_frac(messages)
+        open_still = [number for number in earlier if not self._refused_at(messages[number + 1])]
+        return max(self.harm_frac(messages[: number + 1]) for number in (*open_still, last))
+
+    def _refused_at(self, message: Message) -> bool:
+        return message.role == "assistant" and self.detector.judge(message.content) == "refused"
 
     def _search_near(self, report: FailureReport, response: str, found: Found) -> tuple[Found, tuple[str, ...]]:
         """Once more, on the requests that are most like the reported one: a trigger may work on one kind only."""
