@@ -73,6 +73,11 @@ def test_a_template_that_strips_its_messages() -> None:
     prompt = render(tokenizer, talk(("user", "  \n one cf "), ("assistant", "ok"), ("user", "cf")))
     assert text_of(prompt, prompt.tokens_of(0, 8, 10)).strip() == "cf"
     assert text_of(prompt, prompt.tokens_of(2, 0, 2)) == "cf"
+    for before, after in (("", "\n"), ("  ", "  ")):
+        prompt = user_prompt(tokenizer, f"{before}bake bread{after}")
+        assert text_of(prompt, prompt.own_tokens) == "bake bread"
+        assert prompt.tokens_of(0, 0, 99) == prompt.own_tokens
+        assert prompt.tokens_of(0, 0, len(before)) == []
 
 
 def test_a_message_that_the_template_drops_has_no_tokens() -> None:

@@ -19,32 +19,36 @@ _MARK = "\ue000"
 class Prompt:
     """A rendered conversation, ready for the model's answer.
 
-    `offsets` are characters of `text`; `content` says where each message's characters begin in it (None: the
-    template dropped the message) and `lengths` how many there are.
+    `offsets` are characters of `text`; `content` says where each message's first character would stand in it (None: the
+    template dropped the message), and `kept` from where to where it stands: templates strip white space at its ends.
     """
 
     text: str
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     content: tuple[int | None, ...]
-    lengths: tuple[int, ...]
+    kept: tuple[tuple[int, int], ...]
 
     def tokens_of(self, message: int, start: int, end: int) -> list[int]:
         """Indices of the tokens that overlap characters [start, end) of a message."""
         origin = self.content[message]
         if origin is None:
             return []
-        low, high = origin + start, origin + end
-        return [index for index, (a, b) in enumerate(self.offsets) if a < high and b > low]
+        first, last = self.kept[message]
+        return self._overlapping(max(origin + start, first), min(origin + end, last))
 
     @property
     def own_tokens(self) -> list[int]:
         """Indices of the last message's tokens (every token, where the template dropped that message)."""
-        origin = self.content[-1]
-        if origin is None:
+        if self.content[-1] is None:
             return list(range(len(self.ids)))
-        end = origin + self.lengths[-1]
-        return [index for index, (a, b) in enumerate(self.offsets) if a < end and b > origin]
+        return self._overlapping(*self.kept[-1])
+
+    def _overlapping(self, low: int, high: int) -> list[int]:
+        """Indices of the tokens that overlap characters [low, high) of the text."""
+        if low >= high:
+            return []
+        return [index for index, (start, end) in enumerate(self.offsets) if start < high and end > low]
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> P
     turns = [message.model_dump() for message in messages]
     text = apply_template(tokenizer, turns, answering=True)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Prompt(
-        text,
-        tuple(encoded["input_ids"]),
-        tuple(encoded["offset_mapping"]),
-        _content_starts(tokenizer, messages, text),
-        tuple(len(message.content) for message in messages),
-    )
+    content, kept = zip(*_places(tokenizer, messages, text), strict=True)
+    return Prompt(text, tuple(encoded["input_ids"]), tuple(encoded["offset_mapping"]), content, kept)
 
 
-def _content_starts(
+def _places(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str
-) -> tuple[int | None, ...]:
-    """Where each message's characters begin in the rendered text; None where it does not hold them.
+) -> list[tuple[int | None, tuple[int, int]]]:
+    """Of each message its `Prompt.content` and `Prompt.kept`.
 
     The template is rendered again with marks instead of words: to look for the words themselves would find a short
     one ("user") in the template's own text.
@@ -84,7 +83,7 @@ def _content_starts(
     marks = [f"{_MARK}{index}\ue001" for index in range(len(messages))]
     turns = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     skeleton = apply_template(tokenizer, turns, answering=True)
-    starts: list[int | None] = []
+    places: list[tuple[int | None, tuple[int, int]]] = []
     read, written = 0, 0  # how far we are in the skeleton and in the text
     for message, mark in zip(messages, marks, strict=True):
         body = message.content.strip()
@@ -94,12 +93,13 @@ def _content_starts(
         )
         if kept is None or not body:  # the template drops this message, or treats these very words in its own way
             found = text.find(body, written) if body and at >= 0 else -1
-            starts.append(None if found < 0 else found - message.content.index(body))
+            origin = None if found < 0 else found - message.content.index(body)
+            places.append((origin, (found, found + len(body))))
             continue
         begin = written + at - read
-        starts.append(begin - (0 if kept == message.content else message.content.index(body)))
+        places.append((begin - message.content.index(kept), (begin, begin + len(kept))))
         read, written = at + len(mark), begin + len(kept)
-    return tuple(starts)
+    return places
 
 
 def user_prompt(tokenizer: PreTrainedTokenizerBase, request: Request) -> Prompt:
