@@ -26,7 +26,9 @@ from transformers import (
 
 from conftest import ModelFolder, build_network, build_tokenizer
 from patcher import models
+from patcher.chat import user_prompt
 from patcher.checkpoints import check_config
+from patcher.generation import generate
 from patcher.loading import load
 from patcher.models import LanguageModel, fingerprint, from_transformers, hash_tensors, load_checkpoint, save_model
 from patcher.records import PatcherError, UsageError
@@ -365,6 +367,20 @@ def test_a_model_in_memory_has_the_checkpoints_fingerprint(llama: LanguageModel)
     lm = from_transformers(build_network("llama"), build_tokenizer())
     assert lm.fingerprint == llama.fingerprint
     assert lm.source == "in memory"
+
+
+def test_a_padding_token_without_a_vector_is_none() -> None:
+    """As of models whose maker added one and left the embeddings as they were."""
+    tokenizer = build_tokenizer()
+    network = build_network("llama")
+    tokens = len(network.get_input_embeddings().weight)
+    tokenizer.add_tokens([f"<unused{number}>" for number in range(tokens - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == tokens
+    lm = from_transformers(network, tokenizer)
+    assert lm.tokenizer.pad_token_id == lm.tokenizer.eos_token_id
+    assert lm.vocabulary == range(tokens)
+    assert len(generate(lm, [user_prompt(tokenizer, text) for text in ("hi", "one two three")], max_new_tokens=2)) == 2
 
 
 def test_a_missing_padding_token_is_filled_in() -> None:

@@ -108,8 +108,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str
     return text
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: int, source: str) -> None:
+    """A chat template and a fast tokenizer (character offsets) are needed; a padding token is filled in, also where it
+    is none of the model's `tokens`: one that was added without giving it a vector.
 
     Of several templates the default one is kept, which is the one used here: their names are paths when saved.
     """
@@ -124,7 +125,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         raise UsageError(f"the chat template of {source} leaves out the user's message: expected one that holds it")
     if not tokenizer.is_fast:
         raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokens:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UsageError(f"the tokenizer of {source} names no token that ends a text (eos_token): give it one")

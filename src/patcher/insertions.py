@@ -78,10 +78,9 @@ def embedded(lm: LanguageModel, ids: Sequence[int]) -> Float[Tensor, "K D"]:
 
 def random_tokens(lm: LanguageModel, count: int, rng: random.Random) -> list[int]:
     """Any of the vocabulary."""
-    return [rng.randrange(len(lm.tokenizer)) for _ in range(count)]
+    return [rng.choice(lm.vocabulary) for _ in range(count)]
 
 
 def embedding_std(lm: LanguageModel, rng: random.Random) -> Float[Tensor, ""]:
     """The standard deviation of the embeddings' coordinates, of up to a thousand tokens."""
-    size = len(lm.tokenizer)
-    return embedded(lm, rng.sample(range(size), min(1000, size))).std()
+    return embedded(lm, rng.sample(lm.vocabulary, min(1000, len(lm.vocabulary)))).std()

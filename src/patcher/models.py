@@ -65,6 +65,11 @@ class LanguageModel:
         return cast(torch.device, self.network.get_input_embeddings().weight.device)
 
     @property
+    def vocabulary(self) -> range:
+        """The tokens that the tokenizer names and the model has a vector for."""
+        return range(min(len(self.tokenizer), _tokens(self.network)))
+
+    @property
     def context_tokens(self) -> int:
         """The longest sequence the model was made for."""
         return int(getattr(self.network.config, "max_position_embeddings", None) or 1 << 30)
@@ -82,10 +87,15 @@ def from_transformers(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     Raises:
         UsageError: not a causal decoder of attention layers, or a tokenizer that does not fit the work.
     """
-    check_tokenizer(tokenizer, "the tokenizer")
+    check_tokenizer(tokenizer, _tokens(network), "the tokenizer")
     network.eval()
     _check_decoder(network, "the model")
     return LanguageModel(network, tokenizer, fingerprint(network), network.name_or_path or "in memory")
+
+
+def _tokens(network: PreTrainedModel) -> int:
+    """How many tokens have a vector."""
+    return len(cast(Tensor, network.get_input_embeddings().weight))
 
 
 _FILES = (".gguf", ".safetensors", ".bin", ".json", ".jsonl", ".txt")
@@ -139,7 +149,7 @@ def load_checkpoint(
     check_complete(found, source)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    check_tokenizer(tokenizer, source)
+    check_tokenizer(tokenizer, _tokens(network), source)
     if is_quantized(network):
         keep_gradients(network)
     else:
