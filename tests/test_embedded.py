@@ -105,6 +105,22 @@ def test_what_is_broken_off_leaves_no_half_of_it(
     assert list(cache.iterdir()) == []
 
 
+def test_another_run_may_fetch_it_at_the_same_time(
+    cache: Path, ask: Callable[[Index], Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(Index())
+    own, (folder,) = embedded.save_model, [embedded.fetch()]
+
+    def slow(lm: LanguageModel, building: Path) -> None:
+        own(lm, building)
+        kept.rename(folder)  # the other run ends first
+
+    kept = folder.rename(cache / "kept")
+    monkeypatch.setattr(embedded, "save_model", slow)
+    assert embedded.fetch() == folder
+    assert list(cache.iterdir()) == [folder]
+
+
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PATCHER_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

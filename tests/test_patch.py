@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -296,6 +297,23 @@ def test_whole_tensors_are_put_in_place_reverted_and_saved(tiny: LanguageModel, 
     (tmp_path / "both" / "changed.safetensors").unlink()
     with pytest.raises(UsageError, match="was altered"):
         load_patch(tmp_path / "both")
+
+
+def test_what_a_killed_run_left_goes_and_what_another_one_writes_stays(tmp_path: Path) -> None:
+    out = tmp_path / "patch"
+    dead, alive = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    dead.wait()
+    with atomic_path(out) as own:
+        theirs = {process: own.with_name(f"{own.name[:-7]}{process.pid:07}") for process in (dead, alive)}
+        own.write_text("whole")
+    for part in theirs.values():
+        part.mkdir()
+        (part / "half").write_text("x")
+    with atomic_path(out, again=True) as part:
+        part.write_text("again")
+    assert {*tmp_path.iterdir()} == {out, theirs[alive]}
+    alive.kill()
+    alive.wait()
 
 
 def test_the_same_patch_is_saved_as_the_same_bytes(patch: Patch, tmp_path: Path) -> None:

@@ -43,8 +43,12 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         gguf = _unpack(_download(Path(scratch)), Path(scratch))
         lm = load_checkpoint(str(gguf), dtype="float32", device="cpu")
-        with atomic_folder(folder) as building:
-            save_model(lm, building)
+        try:
+            with atomic_folder(folder) as building:
+                save_model(lm, building)
+        except PatcherError:
+            if not folder.is_dir():  # or another run was quicker
+                raise
     return folder
 
 

@@ -1,7 +1,10 @@
 """What a command writes appears whole or not at all, and never over something."""
 
+import glob
+import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +17,8 @@ from patcher.world import is_first
 
 _NAME_BYTES = 255
 """Of a file's name, at most, on every file system that is common."""
-_RANDOM = "12345678"
-"""As long as what tempfile puts behind a name."""
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+"""Names the machine: another one's processes cannot be asked after."""
 
 
 def check_new(out: Path | None, flag: str = "--out") -> None:
@@ -24,7 +27,7 @@ def check_new(out: Path | None, flag: str = "--out") -> None:
         return
     if os.path.lexists(out) or out.name == "..":
         raise UsageError(f"{out} exists already: nothing is overwritten; name a new one with {flag}")
-    names = (*out.parts, beside(out, "unfinished").name + _RANDOM)
+    names = (*out.parts, _part(out).name)
     if (most := max(len(os.fsencode(name)) for name in names)) > _NAME_BYTES:
         raise UsageError(
             f"{out.name} is too long a name: with what stands beside it until it is finished it has {most} "
@@ -57,7 +60,8 @@ def beside(path: Path, what: str) -> Path:
 def atomic_path(path: Path, *, again: bool = False) -> Iterator[Path]:
     """Where to write a file or a folder that appears under its name only when the block has ended well.
 
-    What a killed run left half written is removed. Of several processes the first one writes.
+    What a killed run left half written is removed; what another run is writing is its own. Of several processes under
+    torchrun the first one writes.
 
     Raises:
         PatcherError: something stands there at the end, and it is not to be written `again`.
@@ -67,8 +71,10 @@ def atomic_path(path: Path, *, again: bool = False) -> Iterator[Path]:
             yield Path(elsewhere) / path.name
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = beside(path, "part")
-    remove(part)
+    part = _part(path)
+    for left in path.parent.glob(glob.escape(part.name[:-_DIGITS]) + "[0-9]" * _DIGITS):
+        if not _is_anothers(int(left.name[-_DIGITS:])):
+            remove(left)
     try:
         yield part
         if os.path.lexists(path) and not again:
@@ -76,6 +82,28 @@ def atomic_path(path: Path, *, again: bool = False) -> Iterator[Path]:
         part.rename(path)
     finally:
         remove(part)
+
+
+_DIGITS = 7
+"""Of a process's number."""
+
+
+def _part(path: Path) -> Path:
+    """The hidden name under which this process writes."""
+    return beside(path, f"part-{_HOST}-{os.getpid():0{_DIGITS}}")
+
+
+def _is_anothers(process: int) -> bool:
+    """Whether another process of that number is alive."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def remove(path: Path) -> None:
