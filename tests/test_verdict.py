@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from patcher.localize.verdict import VerdictSettings, decide
 from patcher.localize.wording import reword
 from patcher.records import Candidate, CausalTest, Localization, Span, Trigger, Verdict
 
 SETTINGS = VerdictSettings()
-MIN_PROBES = 8
+MIN_PROBES, WANTED_PROBES = 8, 40
 
 
 def paired(treated: int, control: int = 0, n: int = 28, p_value: float | None = None) -> CausalTest:
@@ -39,7 +41,7 @@ def verdict(*candidates: Candidate, reworded: dict[str, CausalTest] | None = Non
         "prompt_harm_frac": 0.9,
         "probes_normal": 40,
     }
-    return decide(Localization(**{**fields, **changes}), reworded or {}, SETTINGS, MIN_PROBES)
+    return decide(Localization(**{**fields, **changes}), reworded or {}, SETTINGS, MIN_PROBES, WANTED_PROBES)
 
 
 def test_words_that_are_enough_are_a_backdoor() -> None:
@@ -117,6 +119,19 @@ def test_a_large_effect_on_few_requests_is_inconclusive_and_says_how_many_decide
     assert found.label == "inconclusive"
     assert found.n_to_decide == 19
     assert "19 refused requests would probably decide (--probes 19)" in found.reason
+    few = verdict(candidate("cf", paired(2, n=4)), probes_normal=7)
+    assert "of the harmful ones here only 7 are: give more with --harmful FILE" in few.reason
+
+
+def test_what_is_lost_asks_for_more_requests_and_never_for_fewer_than_there_were() -> None:
+    """Simulated: with so many, about four tests out of five are significant."""
+    lost = CausalTest(name="inserted", treated=18, control=6, lost=6, n=28, p_value=binomtest(18, 24, 0.5).pvalue / 2)
+    n = verdict(candidate("cf", lost)).n_to_decide
+    assert n is not None and n > 28
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(n, [18 / 28, 6 / 28, 4 / 28], size=2000)
+    p_values = [binomtest(int(up), int(up + down), 0.5, alternative="greater").pvalue for up, down, _ in draws]
+    assert 0.76 < np.mean(np.array(p_values) < 0.005) < 0.9
 
 
 def test_an_effect_too_small_to_count_is_not_inconclusive() -> None:

@@ -1,6 +1,7 @@
 """What a repair will cost, before it starts: steps, memory and time, from a batch and a training step done here."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,22 @@ from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import find_defense
 from patcher.defenses.chain import ChainSettings
 from patcher.forward import row_logits
+from patcher.localize import CausalSettings
 from patcher.lora import trainable_lora
 from patcher.losses import response_nll
 from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.network import response_hidden
 from patcher.prompts import Prompts
-from patcher.records import Record
+from patcher.records import FailureReport, Record
 from patcher.result import RepairSettings
 from patcher.training import fit
+from patcher.triggers import find_words
 
 _MEMORY_RATIO = 1.3
 """A whole repair's peak against that of one training step (docs/speed.md: 4.9 against 3.8 GiB)."""
 _LOCALIZE_FORWARDS = 200
-"""Prompts that pass through the model in a typical localization and verdict."""
+"""Requests that pass through the model in a typical localization and verdict, beside the report without each word."""
 _ANSWER_TOKENS = 16
 """Of the rows that are timed."""
 
@@ -41,24 +44,25 @@ class Plan(Record):
     """Forward."""
     step_s: float
     """A training step of as many sequences as the repair's."""
-    minutes_at_most: float
+    minutes: float
     memory_gib: float | None
     """None where no peak can be measured: neither Linux nor a GPU."""
 
     def as_text(self) -> str:
         """For people."""
-        minutes = f"about {self.minutes_at_most:.0f} min" if self.minutes_at_most >= 1 else "under a minute"
+        minutes = f"about {self.minutes:.0f} min" if self.minutes >= 1 else "under a minute"
         memory = "cannot be measured here" if self.memory_gib is None else f"about {self.memory_gib:.1f} GiB"
         return (
             f"stages: {' -> '.join(self.stages)}\n"
             f"patching: at most {self.max_steps} steps, {self.sequences} sequences in all\n"
             f"audit: {self.audit_answers} answers, before and after\n"
-            f"time: {minutes} at most ({self.tokens_per_s:.0f} tokens/s forward, {self.step_s:.1f} s a step here)\n"
+            f"time: {minutes} with all these steps and no second round "
+            f"({self.tokens_per_s:.0f} tokens/s forward, {self.step_s:.1f} s a step here)\n"
             f"memory: {memory}"
         )
 
 
-def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: int = 1) -> Plan:
+def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: Sequence[FailureReport] = ()) -> Plan:
     """Time a batch and a training step, and add up. Raises UsageError for an unknown defense."""
     own = find_defense(settings.defense).configured(settings.overrides)
     chained = own.parts.items() if isinstance(own, ChainSettings) else ()
@@ -72,9 +76,10 @@ def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports:
     sizes = [
         len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
     ]
-    answers = 2 * sizes[0] + 2 * sizes[1] + sizes[2] + settings.audit.late_prompts + settings.audit.worded_prompts
+    triggered = sizes[0] + sizes[1] + settings.audit.late_prompts
+    answers = sum(sizes) + settings.audit.worded_prompts + len(reports) * triggered
     references = 2 * max(part.max_prompts for part in parts)
-    forward = width * (_LOCALIZE_FORWARDS * reports + references)
+    forward = width * (_LOCALIZE_FORWARDS * len(reports) + references) + sum(map(_words_deleted, reports))
     audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
     return Plan(
         stages=(*(("localize", "decide") if reports else ()), "patch", "audit", "report"),
@@ -83,9 +88,15 @@ def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports:
         audit_answers=answers,
         tokens_per_s=rate,
         step_s=step_s,
-        minutes_at_most=((forward + audit) / rate + step_s / len(rows) * sequences) / 60,
+        minutes=((forward + audit) / rate + step_s / len(rows) * sequences) / 60,
         memory_gib=None if peak_gib is None else _MEMORY_RATIO * peak_gib,
     )
+
+
+def _words_deleted(report: FailureReport) -> int:
+    """Tokens, about, of the conversation without each of its words in turn."""
+    words = len(find_words(report.messages))
+    return words * min(words, CausalSettings().max_ranked_words)
 
 
 def _forward_rate(lm: LanguageModel, rows: list[Row]) -> tuple[float, int]:

@@ -255,7 +255,7 @@ def repair(
     if dry_run:
         from patcher.plan import plan
 
-        expected = plan(lm, prompts, settings, len(reports))
+        expected = plan(lm, prompts, settings, reports)
         show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
     work = repr((lm.identity, dtype, settings.audit.judge_rows, reports, settings, prompts, tasks, versions()))

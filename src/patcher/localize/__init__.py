@@ -123,7 +123,9 @@ class Localizer:
 
     def decide(self, localization: Localization) -> Verdict:
         """Stage 2, from stage 1's record and, where words were found, their re-wordings."""
-        return decide(localization, self._reworded(localization.candidates), self.verdict_settings, MIN_PROBES)
+        reworded = self._reworded(localization.candidates)
+        wanted = self.settings.screen_probes + self.settings.confirm_probes
+        return decide(localization, reworded, self.verdict_settings, MIN_PROBES, wanted)
 
     def _search(self, report: FailureReport, response: str, shows: tuple[bool, bool]) -> tuple[Found, tuple[str, ...]]:
         if self.method == "gradient-norm":

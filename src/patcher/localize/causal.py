@@ -248,4 +248,5 @@ def paired_test(probes: Probes, trigger: Trigger, name: str) -> CausalTest:
     lost = sum(c and not t for t, c in zip(treated, control, strict=True))
     changed = gained + lost
     p_value = binomtest(gained, changed, 0.5, alternative="greater").pvalue if changed else 1.0
-    return CausalTest(name=name, treated=sum(treated), control=sum(control), n=len(treated), p_value=float(p_value))
+    counts = {"treated": sum(treated), "control": sum(control), "lost": lost, "n": len(treated)}
+    return CausalTest(name=name, **counts, p_value=float(p_value))

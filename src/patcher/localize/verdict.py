@@ -4,6 +4,7 @@ from functools import partial
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 from scipy.stats import binom
 
 from patcher.records import Candidate, CausalTest, Localization, Objective, Record, Verdict
@@ -62,12 +63,16 @@ class VerdictSettings(Record):
 
 
 def decide(
-    localization: Localization, reworded: dict[str, CausalTest], settings: VerdictSettings, min_probes: int
+    localization: Localization,
+    reworded: dict[str, CausalTest],
+    settings: VerdictSettings,
+    min_probes: int,
+    wanted_probes: int,
 ) -> Verdict:
     """The verdict, in the order in which the questions make sense.
 
     Did it fail at all, does it reproduce, do any words explain it, are they persuasion or a trigger, and if no words
-    explain it: was the request harmful?
+    explain it: was the request harmful? With fewer requests than `wanted_probes` all that there are were asked.
     """
     corrected = settings.alpha / max(1, localization.tried * 2)  # each set is tested at two placements
     verdict = partial(
@@ -104,11 +109,15 @@ def decide(
     for candidate in localization.candidates:
         best = max(candidate.tests, key=lambda test: test.effect_frac)
         if best.effect_frac >= settings.min_effect_frac:
-            n = _n_to_decide(best.effect_frac, corrected)
+            n = _n_to_decide(best, corrected)
             reason = f"an effect of {100 * best.effect_frac:.0f} points over {best.n} requests is not significant"
+            advice = f"--probes {n}"
+            if localization.probes_normal < wanted_probes:
+                kind = localization.symptom.kind
+                advice = f"of the {kind} ones here only {localization.probes_normal} are: give more with --{kind} FILE"
             return verdict(
                 label="inconclusive",
-                reason=f"{reason}; {n} {words.requests} would probably decide (--probes {n})",
+                reason=f"{reason}; {n} {words.requests} would probably decide ({advice})",
                 trigger=candidate.trigger,
                 tests=candidate.tests,
                 n_to_decide=n,
@@ -129,7 +138,14 @@ def _strongest(candidate: Candidate, alpha: float, settings: VerdictSettings) ->
     return max(passing, key=lambda test: test.effect_frac, default=None)
 
 
-def _n_to_decide(effect_frac: float, alpha: float) -> int:
-    """Requests on which such an effect, all of it gains, is significant four times out of five."""
-    gains = next(k for k in count(1) if 0.5**k < alpha)
-    return next(n for n in count(gains) if binom.sf(gains - 1, n, effect_frac) >= 0.8)
+def _n_to_decide(test: CausalTest, alpha: float) -> int:
+    """Requests, more than there were, on which such gains and losses are significant four times out of five."""
+    changed_frac = (test.treated - test.control + 2 * test.lost) / test.n
+    gained_share = 1 - test.lost / (changed_frac * test.n)
+
+    def power(n: int) -> float:
+        changed = np.arange(n + 1)
+        needed = binom.isf(alpha, changed, 0.5) + 1  # gains, for p < alpha
+        return float(np.sum(binom.pmf(changed, n, changed_frac) * binom.sf(needed - 1, changed, gained_share)))
+
+    return next(n for n in count(test.n + 1) if power(n) >= 0.8)

@@ -106,12 +106,14 @@ class GroundTruth(Record):
 class CausalTest(Record):
     """A paired comparison on the same requests: with the candidate against with control words.
 
-    `treated` and `control` count answers that show the symptom, of `n`; p is one-sided (exact McNemar).
+    `treated` and `control` count answers that show the symptom, of `n`; `lost` those that only the control words bring.
+    p is one-sided (exact McNemar).
     """
 
     name: str
     treated: int
     control: int
+    lost: int = 0
     n: int
     p_value: float
 
