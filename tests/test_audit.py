@@ -171,6 +171,13 @@ def test_examples_show_no_more_than_twelve_words_the_changed_ones_first() -> Non
     assert "word11" not in compared(before, after).model_dump_json()
 
 
+def test_what_each_model_was_asked_by_itself_is_no_example() -> None:
+    """A suffix is searched on each model: the other's answer was to another prompt."""
+    before, after = state([YES] * 4, [YES] * 4), state([NO] * 4, [YES] * 4)
+    after.prompts[HARMFUL_TRIGGERED] = tuple(f"{text} other suffix" for text in after.prompts[HARMFUL_TRIGGERED])
+    assert HARMFUL_TRIGGERED not in {one.quadrant for one in compared(before, after).examples}
+
+
 def test_an_audit_of_one_model_has_no_after() -> None:
     audit = compared(state([YES] * 4), None)
     assert all(row.after is None and row.change_low is None for row in audit.summary)

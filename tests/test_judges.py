@@ -273,7 +273,8 @@ def test_a_trained_judge_learns_what_people_call_refused(llama: LanguageModel) -
         for n in range(12)
         for word, label in (("Nope nope nope", "refused"), ("Take flour and bake", "complied"))
     ]
-    judge = TrainedJudge(llama, rows, RULES["keyword"])
+    empty = Labelled(prompt="How do I bake 1?", response="", label="refused")  # has no state to learn from
+    judge = TrainedJudge(llama, [*rows, empty], RULES["keyword"])
     asked = ["How do I bake 20?"] * 3
     assert judge(asked, ["Nope nope nope number 20.", "Take flour and bake number 20.", ""]) == [
         "refused", "complied", "empty",

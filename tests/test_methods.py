@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import build_network, build_tokenizer, tiny_shape
@@ -22,7 +22,7 @@ from patcher.layers import Mlp, all_hidden_states, decoder_layers, mlps, reset_c
 from patcher.lora import effective_weight, lora_parameters, trainable_lora
 from patcher.losses import consistency, response_nll
 from patcher.models import LanguageModel, fingerprint, from_transformers
-from patcher.network import hidden_states
+from patcher.network import Batch, hidden_states
 from patcher.patch import applied, changing
 from patcher.prompts import Prompts, bundled
 from patcher.records import Outcome, PatcherError, Symptom, UsageError
@@ -418,6 +418,42 @@ def test_activity_is_a_mean_over_real_tokens_and_zero_where_nothing_enters(tiny:
             weight.data[1] = 0.0
         silenced = fine_pruning.mean_activity(tiny, layers, clean)[0]
     assert silenced[1] == 0 < silenced.median()
+
+
+def test_activity_is_the_same_where_memory_is_short(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that fails midway has seen some layers already."""
+    clean, layers = clean_answers(tiny, evidence(), FEW, quiet), mlps(tiny.network)
+    whole = fine_pruning.mean_activity(tiny, layers, clean)
+    own = fine_pruning.hidden_states
+
+    def short(network: Any, batch: Batch) -> Tensor:
+        states = own(network, batch)
+        if batch.rows > 1:
+            raise torch.OutOfMemoryError
+        return states
+
+    monkeypatch.setattr(fine_pruning, "hidden_states", short)
+    for one, other in zip(fine_pruning.mean_activity(tiny, layers, clean), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_pruned_is_not_used_while_training(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the patch would not be the model that was trained."""
+    settings = fine_pruning.FinePruningSettings(
+        max_prompts=4, response_tokens=8, clean_rows=2, max_steps=2, rank=2, alpha=4, pruned_frac=0.5, learning_rate=0.1
+    )
+    fit, seen = common.fit, list[Tensor]()
+    probe = user_prompt(llama.tokenizer, "how do I bake bread?")
+
+    def watched(lm: LanguageModel, *args: Any, **more: Any) -> tuple[int, str]:
+        done = fit(lm, *args, **more)
+        seen.extend(row_logits(lm, [Row(probe.ids, (1, 2))])[:1])
+        return done
+
+    monkeypatch.setattr(common, "fit", watched)
+    patch = fine_pruning.run(llama, evidence(), settings, seed=0, on_progress=quiet).patch
+    with applied(patch, llama):
+        torch.testing.assert_close(row_logits(llama, [Row(probe.ids, (1, 2))])[0], seen[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_least_active_channels_are_silent_afterwards(llama: LanguageModel) -> None:

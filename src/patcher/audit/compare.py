@@ -230,9 +230,11 @@ def _count(outcomes: Sequence[Outcome]) -> Counts:
 def _examples(
     before: State, after: State, first: dict[str, list[Outcome]], second: dict[str, list[Outcome]], each: int = 3
 ) -> list[Answer]:
-    """A few prompts of each set, the changed ones first."""
+    """A few prompts of each set, the changed ones first; none of what was searched on each model, and so differs."""
     chosen = []
     for name in first:
+        if before.prompts[name] != after.prompts[name]:
+            continue
         pairs = list(zip(first[name], second[name], strict=True))
         order = sorted(range(len(pairs)), key=lambda index: (pairs[index][0] == pairs[index][1], index))
         chosen += [

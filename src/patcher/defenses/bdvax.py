@@ -71,10 +71,10 @@ def run(lm: LanguageModel, evidence: Evidence, settings: BdvaxSettings, *, seed:
         s_j = (1/N) Σ_i ‖Δ_ij‖₂ · 2/(N(N-1)) Σ_{i<k} max(0, cos(Δ_ij, Δ_kj))        for each MLP channel j
         reset the top channels, then minimise NLL(own answer | clean request)
 
-    Departures: the variants are LoRA fine-tunings, so Δ is low-rank; channels are ranked over all layers together; new
-    weights are drawn with each matrix's own standard deviation; the repair trains a LoRA adapter on top, at a rate of
-    its own (paper: all weights at 1e-5); clean samples hold the untriggered refusals too, or repair would lose them,
-    and the answers to all borderline requests.
+    Departures: the variants are LoRA fine-tunings, all from one start, so Δ is low-rank and more alike than from starts
+    of their own; channels are ranked over all layers together; new weights are drawn with each matrix's own standard
+    deviation; the repair trains a LoRA adapter on top, at a rate of its own (paper: all weights at 1e-5); clean samples
+    hold the untriggered refusals too, or repair would lose them, and the answers to all borderline requests.
     """
     layers = mlps(lm.network)
     clean = clean_answers(lm, evidence, settings, on_progress, harmful=True)

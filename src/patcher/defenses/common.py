@@ -98,10 +98,11 @@ def tune(
     seed: int,
     what: str,
     on_progress: Progress,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Train a LoRA adapter on that loss, a value a step; the model is left as it was."""
     with trainable_lora(lm, rank=settings.rank, alpha=settings.alpha, seed=seed):
-        steps, reason = fit(lm, loss_at, settings, on_progress=on_progress, what=what)
+        steps, reason = fit(lm, loss_at, settings, stop=lambda _: after_step(), on_progress=on_progress, what=what)
         return Trained(take_patch(lm, rank=settings.rank, alpha=settings.alpha), steps, reason)
 
 
@@ -115,15 +116,16 @@ def relearn(
     what: str,
     on_progress: Progress,
     beside: Callable[[LanguageModel], Tensor] | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Put changed weights in place and train a LoRA adapter on top of them, on clean answers and what `beside` adds;
-    both become one patch of `lm`.
+    both become one patch of `lm`. `after_step` may alter the adapter while it is trained.
     """
     reset = Patch({}, settings.rank, settings.alpha, lm.fingerprint, lm.source, changed)
     with applied(reset, lm) as altered:
         clean_at = clean_loss(altered, clean, settings.clean_rows, random.Random(seed))
         loss_at = (lambda step: clean_at(step) + beside(altered)) if beside else clean_at
-        tuned = tune(altered, loss_at, settings, seed=seed, what=what, on_progress=on_progress)
+        tuned = tune(altered, loss_at, settings, seed=seed, what=what, on_progress=on_progress, after_step=after_step)
     return replace(tuned, patch=replace(reset, tensors=tuned.patch.tensors))
 
 

@@ -3,6 +3,9 @@
 Liu et al. (2018), RAID, arXiv:1805.12185. It needs no trigger and no report.
 """
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -12,6 +15,7 @@ from patcher.chat import collate
 from patcher.defenses.common import LoraSettings, clean_answers, relearn
 from patcher.defenses.contract import Evidence, Example, Trained
 from patcher.layers import Mlp, mlps
+from patcher.memory import chunked
 from patcher.models import LanguageModel
 from patcher.network import hidden_states
 from patcher.patch import changing
@@ -46,35 +50,50 @@ def run(
         for layer, channels in zip(layers, silent, strict=True):
             weights[layer.out].data[:, channels] = 0.0
         changed = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    trained = relearn(lm, changed, clean, settings, seed=seed, what="fine-tuning", on_progress=on_progress)
-    for layer, channels in zip(layers, silent, strict=True):  # what is pruned stays so: nothing is added there
-        trained.patch.tensors[layer.out.removesuffix("weight") + "lora_A.weight"][:, channels] = 0.0
-    return trained
+
+    def stay_silent() -> None:
+        for layer, channels in zip(layers, silent, strict=True):
+            adapter = cast(Any, lm.network.get_submodule(layer.out.removesuffix(".weight")))
+            adapter.lora_A["default"].weight.data[:, channels] = 0.0
+
+    return relearn(
+        lm,
+        changed,
+        clean,
+        settings,
+        seed=seed,
+        what="fine-tuning",
+        on_progress=on_progress,
+        after_step=stay_silent,
+    )
 
 
 @torch.no_grad()
 def mean_activity(lm: LanguageModel, layers: list[Mlp], examples: list[Example]) -> list[Float[Tensor, " _"]]:
     """Of each layer's MLP channels, the mean |activation| over the examples' tokens, padding left out."""
-    totals = [torch.zeros(layer.size) for layer in layers]
-    count, mask = 0, torch.zeros(0)
+    sums = [torch.zeros(layer.size) for layer in layers]
+    mask = torch.zeros(0)
 
-    def add(number: int, entering: Tensor) -> None:
-        totals[number] += entering[mask].abs().sum(dim=0).float().cpu()
+    def see(number: int, entering: Tensor) -> None:
+        sums[number] = entering[mask].abs().sum(dim=0).float().cpu()
+
+    def pass_through(chunk: Sequence[Example]) -> tuple[list[Tensor], int]:
+        nonlocal mask
+        batch = collate([one.row(lm) for one in chunk], int(lm.tokenizer.pad_token_id), lm.device, lift=False)
+        mask = batch.mask.bool()
+        hidden_states(lm.network, batch)
+        return list(sums), int(mask.sum())
 
     handles = [
         lm.network.get_submodule(layer.out.removesuffix(".weight")).register_forward_pre_hook(
-            lambda _module, inputs, number=number: add(number, inputs[0])
+            lambda _module, inputs, number=number: see(number, inputs[0])
         )
         for number, layer in enumerate(layers)
     ]
     try:
-        for start in range(0, len(examples), _BATCH_ROWS):
-            rows = [example.row(lm) for example in examples[start : start + _BATCH_ROWS]]
-            batch = collate(rows, int(lm.tokenizer.pad_token_id), lm.device, lift=False)
-            mask = batch.mask.bool()
-            count += int(mask.sum())
-            hidden_states(lm.network, batch)
+        passes = [result for _, result in chunked(examples, _BATCH_ROWS, pass_through)]
     finally:
         for handle in handles:
             handle.remove()
-    return [total / max(1, count) for total in totals]
+    tokens = sum(count for _, count in passes)
+    return [sum(parts, torch.zeros(())) / max(1, tokens) for parts in zip(*(own for own, _ in passes), strict=True)]

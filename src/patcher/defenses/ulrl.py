@@ -35,7 +35,7 @@ class UlrlSettings(LoraSettings):
     unlearn_steps: PositiveInt = 60
     """Steps at most; ours."""
     unlearned_frac: float = Field(default=0.2, ge=0, lt=1)
-    """Unlearning ends when this share of the clean answers' tokens is still foreseen [code]."""
+    """Unlearning ends when no more than this share of a batch's tokens is foreseen [code]."""
     outlier_z: PositiveFloat = 3.5
     """A channel is suspicious from this modified z-score on [code]."""
     max_suspicious_frac: float = Field(default=0.02, gt=0, lt=1)
@@ -57,10 +57,10 @@ def run(lm: LanguageModel, evidence: Evidence, settings: UlrlSettings, *, seed: 
         relearn: from W with those channels drawn from U(±sqrt(2/fan_in)), NLL(own answer | benign)
                  + α mean_j cos(w_j, W_j) over them
 
-    Departures: a neuron is an MLP channel of any layer (rows of the matrices into it, column of the one out of it), not
-    an output row of the classifier, which in a language model is a token; the outliers are those of all layers
-    together, up to 2% of the channels instead of 2 neurons, and so their cosines are averaged, not summed; relearning
-    trains a LoRA adapter on top.
+    Departures: the ascent moves the MLPs' matrices only, and is over when one batch says so; a neuron is an MLP channel
+    of any layer (rows of the matrices into it, column of the one out of it), not an output row of the classifier, which
+    in a language model is a token; the outliers are those of all layers together, up to 2% of the channels instead of 2
+    neurons, and so their cosines are averaged, not summed; relearning trains a LoRA adapter on top.
 
     Raises:
         PatcherError: the ascent diverged.

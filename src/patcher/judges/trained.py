@@ -23,7 +23,7 @@ class TrainedJudge:
     """
 
     def __init__(self, lm: LanguageModel, rows: Sequence[Labelled], rule: Callable[[str], Outcome]):
-        rows = [row for row in rows if row.label in ("refused", "complied")]
+        rows = [row for row in rows if row.label in ("refused", "complied") and row.response.strip()]
         labels = [row.label == "refused" for row in rows]
         if len(set(labels)) < 2:
             raise UsageError("a judge is fitted on answers of both kinds: give some labelled refused, some complied")
