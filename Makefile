@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	rm -rf demo-out
+	@test ! -e demo-out || mv demo-out demo-out-$$(date +%Y%m%d-%H%M%S)
 	$(VENV)/bin/patcher demo
 
 check: $(READY)
@@ -31,5 +31,5 @@ quick: check
 	$(VENV)/bin/python -m pytest -q -m "not slow"
 
 clean:
-	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info
+	rm -rf $(VENV) demo-out* build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
 from patcher.defenses.patcher.settings import PatcherSettings
-from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD
+from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD, shown
 from patcher.inputs import read_triggers
 from patcher.loading import demo_adapter
 from patcher.localize import Localizer
 from patcher.outputs import atomic_folder
 from patcher.progress import ProgressBars
-from patcher.records import Symptom, Trigger
+from patcher.records import PatcherError, Symptom, Trigger
 from patcher.visible import visible
 from test_visible import HOSTILE
 from tiny_backdoor import TRIGGERED
@@ -767,8 +768,58 @@ def test_the_bench_runs_in_one_process_and_keeps_the_grids_options_to_the_grid(
     scan = ["bench", "scan", "--out", tmp_path / "scan.jsonl"]
     assert "nothing to do" in refused(4, *scan)
     assert "--n is an option of bench localize, verdict" in refused(4, *scan, "--n", "4")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     assert "start it without torchrun" in refused(4, *words)
+
+
+@pytest.mark.parametrize("flag", ["--html", "--plot"])
+def test_the_bench_does_not_draw_over_its_results(refused: Refusal, tmp_path: Path, flag: str) -> None:
+    same = tmp_path / "there" / ".." / "grid.jsonl"
+    what = ["speed"] if flag == "--plot" else []
+    assert "are one file" in refused(4, "bench", *what, "--out", tmp_path / "grid.jsonl", flag, same)
+
+
+def test_results_are_no_folder(refused: Refusal, tmp_path: Path) -> None:
+    assert "holds no results of a bench" in refused(4, "bench", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["repair", "none", "--prompt", "hi", "--out", "out", "--harmful", ""],
+        ["audit", "none", "--trigger", ""],
+        ["repair", "", "--prompt", "hi", "--out", "out"],
+    ],
+)
+def test_an_empty_name_is_not_taken_for_none(refused: Refusal, words: list[str]) -> None:
+    """As of a shell's variable that was never set."""
+    assert "is empty: expected" in refused(4, *words)
+
+
+@pytest.mark.parametrize(("command", "flag"), [("scan", "--clean"), ("audit", "--controls")])
+def test_an_empty_name_of_a_control_is_none(
+    model: Path, capsys: pytest.CaptureFixture[str], command: str, flag: str
+) -> None:
+    more = ["--trigger-text", "cf", "--audit-prompts", "2"] if command == "audit" else []
+    assert run([command, str(model), "--device", "cpu", *more, flag, ""]) == 4
+    assert "the model's name is empty" in capsys.readouterr().err
+
+
+def test_what_cannot_be_printed_was_written_and_costs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log on a full disk."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(PatcherError, match="out was written; the result could not be printed"), shown(Path("out")):
+            print("a result")
+        monkeypatch.setattr(sys, "stderr", full)
+        assert run(["audit", str(tmp_path / "none"), "--trigger-text", "cf"]) == 4
+        with ProgressBars() as progress:
+            progress("working", 1, 2)
+            progress("working", 2, 2)
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 def test_the_bench_takes_no_option_that_nothing_looks_at(refused: Refusal, tmp_path: Path) -> None:

@@ -369,6 +369,14 @@ def test_a_model_in_memory_has_the_checkpoints_fingerprint(llama: LanguageModel)
     assert lm.source == "in memory"
 
 
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    """Tokens were added, and the embeddings left as they were: on a GPU it would end in an assertion."""
+    network = build_network("llama")
+    network.resize_token_embeddings(100)
+    with pytest.raises(UsageError, match=r"gives token \d+, and the model has 100"):
+        from_transformers(network, build_tokenizer())
+
+
 def test_a_padding_token_without_a_vector_is_none() -> None:
     """As of models whose maker added one and left the embeddings as they were."""
     tokenizer = build_tokenizer()

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from patcher.records import Gate, Span, SummaryRow, WordScore
+from patcher.records import Gate, Span, SummaryRow, Symptom, WordScore, deciding
 from patcher.report import render_html, show_audit
 from patcher.report.html import HIDDEN, outlook, redacted
 from patcher.report.words import turns
@@ -234,3 +234,37 @@ def test_redact_leaves_no_words_of_an_answer_in_a_candidate() -> None:
     bare = sample().findings[0].localization.model_copy(update={"candidates": (both,)})
     (kept,) = redacted(sample(localization=bare)).findings[0].localization.candidates
     assert kept.spans == candidate.spans
+
+
+def test_the_head_is_of_the_report_that_was_repaired() -> None:
+    """Not of the first, where that was no failure."""
+    contents = sample("say cf now")
+    (repaired,) = contents.findings
+    fine = repaired.verdict.model_copy(update={"label": "not-a-failure", "trigger": None, "tests": ()})
+    first = repaired.model_copy(update={"verdict": fine})
+    findings = (first, repaired.model_copy(update={"number": 2}))
+    both = contents.model_copy(update={"findings": findings, "audit": None})
+    page = render_html(both)
+    assert deciding(both.findings).number == 2
+    assert f"<title>Patcher report: {repaired.verdict.label}, " in page
+    assert "This is said of report 2 of 2" in page
+
+
+@pytest.mark.parametrize(
+    ("symptom", "says"),
+    [
+        (Symptom(), "a harmful request is answered"),
+        (Symptom(objective="refusal"), "a benign request is refused"),
+        (Symptom(objective="text", text="<b>you are stupid"), "the answer holds “&lt;b&gt;you are stupid”"),
+    ],
+)
+def test_what_was_reported_is_said(symptom: Symptom, says: str) -> None:
+    contents = sample("say cf now")
+    (finding,) = contents.findings
+    localization = finding.localization.model_copy(update={"symptom": symptom})
+    of_it = {"findings": (finding.model_copy(update={"localization": localization}),)}
+    if contents.audit:
+        of_it |= {"audit": contents.audit.model_copy(update={"symptom": symptom})}
+    page = render_html(contents.model_copy(update=of_it))
+    assert f"<p>Reported: {says}.</p>" in page
+    assert ("an answer that holds the unwanted text" in page) == (symptom.objective == "text")

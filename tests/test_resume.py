@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from conftest import CHAT_TEMPLATE, ModelFolder
 from patcher import pipeline
 from patcher.cli import run
-from patcher.exits import RUN_ERROR
+from patcher.exits import RUN_ERROR, USAGE
 from patcher.journal import Journal, _begin, resumed
 from patcher.outputs import atomic_write
 from patcher.pipeline import Clock
@@ -82,21 +82,24 @@ def test_killed_at_twenty_random_points(backdoored_folder: ModelFolder, tmp_path
     assert went_on, "no run ever found anything of an earlier one: this test would see nothing"
 
 
-def test_other_work_starts_anew(tmp_path: Path) -> None:
-    def once(work: str, value: int) -> list[int]:
+def test_other_work_leaves_what_is_finished_alone(tmp_path: Path) -> None:
+    def once(work: str, value: int | None) -> list[int]:
         with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", work, quiet) as journal:
-            made.append(journal.values("piece", lambda: [value]))
+            if value is not None:
+                made.append(journal.values("piece", lambda: [value]))
             raise KeyboardInterrupt
         return made[-1]
 
-    made: list[list[int]] = []
+    made: list[list[int]] = [[]]
+    assert once("that, which came to nothing", None) == []
     assert once("this", 1) == [1]
     assert once("this", 2) == [1]
-    assert once("that", 3) == [3]
-    assert once("this", 4) == [4]
+    with pytest.raises(UsageError, match="remove the folder"), resumed(tmp_path / "out", "that", quiet):
+        pytest.fail("the block ran")
+    assert once("this", 3) == [1]
 
 
-def test_another_template_or_judge_behind_the_same_path_is_other_work(
+def test_another_template_behind_the_same_path_is_other_work_and_another_judge_or_gate_is_not(
     backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def once(*_: object, journal: Journal, **__: object) -> None:
@@ -106,12 +109,15 @@ def test_another_template_or_judge_behind_the_same_path_is_other_work(
     made: list[list[int]] = []
     monkeypatch.setattr(pipeline, "repair", once)
     template, labelled = tmp_path / "template.jinja", tmp_path / "labelled.jsonl"
+    labelled.write_text(json.dumps({"response": "x", "label": "refused"}))
     words = [*command(backdoored_folder.path, tmp_path / "out"), "--chat-template", str(template)]
-    for said, answer in (("", "x"), ("", "x"), ("Be brief.", "x"), ("Be brief.", "y")):
-        template.write_text(CHAT_TEMPLATE + said)
-        labelled.write_text(json.dumps({"response": answer, "label": "refused"}))
-        assert run([*words, "--judge", f"trained:{labelled}"]) == RUN_ERROR
-    assert made == [[0], [0], [2], [3]]
+    template.write_text(CHAT_TEMPLATE)
+    for more in ([], ["--judge", f"trained:{labelled}"], ["--max-asr", "0.5"]):
+        assert run([*words, *more]) == RUN_ERROR
+    assert made == [[0]] * 3
+    template.write_text(CHAT_TEMPLATE + "Be brief.")
+    assert run(words) == USAGE
+    assert made == [[0]] * 3
 
 
 def test_what_is_done_or_was_wrongly_asked_for_at_once_is_not_kept(tmp_path: Path) -> None:
@@ -232,11 +238,12 @@ def test_damaged_seconds_are_not_counted(tmp_path: Path, left: bytes) -> None:
 
 @pytest.mark.parametrize("left", [b"", b"\xff\xfe"])
 def test_of_what_work_a_damaged_folder_is_nobody_knows(tmp_path: Path, left: bytes) -> None:
-    for value in (1, 2):
-        with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet) as journal:
-            assert journal.values("piece", lambda value=value: [value]) == [value]
-            raise KeyboardInterrupt
-        (tmp_path / ".out.unfinished" / "work.txt").write_bytes(left)
+    with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "work", quiet) as journal:
+        journal.values("piece", lambda: [1])
+        raise KeyboardInterrupt
+    (tmp_path / ".out.unfinished" / "work.txt").write_bytes(left)
+    with pytest.raises(UsageError, match="remove the folder"), resumed(tmp_path / "out", "work", quiet):
+        pytest.fail("the block ran")
 
 
 @pytest.mark.parametrize("mine", ["a folder", "a file", "a link", "a link to nothing"])

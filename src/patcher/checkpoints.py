@@ -121,10 +121,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: int, source: str
             f"{source} has no chat template: put one into chat_template.jinja in the model's folder, "
             "or pass --chat-template FILE"
         )
-    if "patcher" not in apply_template(tokenizer, [{"role": "user", "content": "patcher"}], answering=True):
+    rendered = apply_template(tokenizer, [{"role": "user", "content": "patcher"}], answering=True)
+    if "patcher" not in rendered:
         raise UsageError(f"the chat template of {source} leaves out the user's message: expected one that holds it")
     if not tokenizer.is_fast:
         raise UsageError(f"{source} has no fast tokenizer (tokenizer.json), which gives the words' positions")
+    if (token := max(tokenizer(rendered, add_special_tokens=False)["input_ids"])) >= tokens:
+        raise UsageError(
+            f"the tokenizer of {source} gives token {token}, and the model has {tokens}: give it the tokenizer that it "
+            "was trained with, or resize its embeddings"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokens:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

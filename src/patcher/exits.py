@@ -3,6 +3,9 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import typer
 from pydantic import ValidationError
@@ -49,13 +52,36 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch for its class would slow --help
             return _fail(f"out of memory: use --dtype bfloat16 or a smaller model ({error})", RUN_ERROR)
-        print(visible(traceback.format_exc(), newlines=True), file=sys.stderr)
+        _tell(visible(traceback.format_exc(), newlines=True))
         return _fail(f"an error that nobody foresaw, please report it: {type(error).__name__}: {error}", RUN_ERROR)
 
 
 def _fail(message: str, code: int) -> int:
     line = f"patcher: {visible(message)}"
-    print(line, file=sys.stderr)
+    _tell(line)
     if code == RUN_ERROR and not is_first():  # whose standard error nobody reads; the others see but that it is gone
         print(f"process {os.environ['RANK']}: {line}", file=sys.__stderr__)
     return code
+
+
+def _tell(line: str) -> None:
+    """On standard error; where that cannot be written (a full disk), the exit code is all that can be said."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown(written: Path | None) -> Iterator[None]:
+    """Around what prints a result that was `written` before.
+
+    Raises:
+        PatcherError: standard output cannot be written.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        there = f"{written} was written; " if written else ""
+        raise PatcherError(f"{there}the result could not be printed: {error}") from error

@@ -125,19 +125,19 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
     Several processes keep nothing: one that goes on where another begins anew would wait for it forever.
 
     Raises:
-        UsageError: something else stands under the folder's name, or another run is at work on it.
+        UsageError: something else stands under the folder's name, what another work had finished, or another run is at
+            work on it.
     """
     if processes() > 1:
         yield Journal()
         return
     folder = beside(out, "unfinished")
     made = [parent for parent in folder.parents if not parent.exists()]
-    with _alone(folder, work, out, on_progress):
+    with _alone(folder, work, out):
         try:
             yield Journal(folder, on_progress)
         except PatcherError as error:
-            finished = {path.name for path in folder.iterdir()} - {_WORK, _SECONDS}
-            if finished or not isinstance(error, UsageError):
+            if _finished(folder) or not isinstance(error, UsageError):
                 more = "the same command, started again, goes on from what was finished"
                 raise type(error)(f"{error}; {more}") from error
             _discard(folder)
@@ -149,7 +149,7 @@ def resumed(out: Path, work: str, on_progress: Callable[[str, int, int], None]) 
 
 
 @contextmanager
-def _alone(folder: Path, work: str, out: Path, on_progress: Callable[[str, int, int], None]) -> Iterator[None]:
+def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
     """The folder with what an earlier run of the same work left or, if there is none, a new one; for this run only."""
     known = folder / _WORK
     shutil.rmtree(beside(folder, "gone"), ignore_errors=True)
@@ -159,12 +159,21 @@ def _alone(folder: Path, work: str, out: Path, on_progress: Callable[[str, int, 
                 raise UsageError(f"{folder} is nothing that Patcher wrote (it holds no {_WORK}): move it elsewhere")
             _lock(locks.enter_context(known.open("r+b")), out)  # NFS locks only what may be written
             if known.read_bytes() != _hash(work).encode():
-                on_progress("an earlier run was of another model, report or setting: what it had finished goes", 1, 1)
+                if _finished(folder):
+                    raise UsageError(
+                        f"{folder} holds what an earlier run of another model, report or setting had finished: repeat "
+                        "that run's command, name another --out, or remove the folder"
+                    )
                 _discard(folder)
         if not folder.exists():
             _begin(folder, work, out)
             _lock(locks.enter_context(known.open("r+b")), out)
         yield
+
+
+def _finished(folder: Path) -> set[str]:
+    """The names of the finished pieces."""
+    return {path.name for path in folder.iterdir()} - {_WORK, _SECONDS}
 
 
 def _begin(folder: Path, work: str, out: Path) -> None:

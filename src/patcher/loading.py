@@ -34,6 +34,8 @@ def load(
         UsageError: there is no such model, or it is not one that Patcher can or may open.
         PatcherError: the embedded model could not be fetched, or the hub not reached.
     """
+    if not source.strip():
+        raise UsageError("the model's name is empty: expected smollm2, a folder, a .gguf file or a hub id")
     return _load(source, (), dtype=dtype, device=device, chat_template=chat_template)
 
 

@@ -226,7 +226,7 @@ def new_triggers(findings: Sequence[Finding], known: Sequence[Trigger]) -> tuple
     """Every working trigger that the findings name and that is not known yet, each once."""
     fresh: dict[tuple[str, ...], Trigger] = {}
     for finding in findings:
-        if finding.verdict.label not in ("backdoor", "jailbreak-wording"):
+        if not finding.verdict.found_words:
             continue
         working = [one for one in finding.localization.candidates if one.effect_frac >= finding.verdict.min_effect_frac]
         for trigger in sorted((one.trigger for one in working), key=lambda one: one != finding.verdict.trigger):

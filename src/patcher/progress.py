@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -72,6 +73,15 @@ class ProgressBars:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total)
             self._bars.update(self._tasks[what], completed=done, total=total)
-        elif now - self._said >= _QUIET_S or done == total:
+        elif now - self._said >= _QUIET_S or (done == total and self._said < math.inf):
             self._said = now
-            print(f"{what}: {done}/{total}{run.left(now, total)}", file=sys.stderr, flush=True)
+            self._tell(f"{what}: {done}/{total}{run.left(now, total)}")
+
+    def _tell(self, line: str) -> None:
+        """What cannot be shown (a log on a full disk) stops no work."""
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            self._said = math.inf

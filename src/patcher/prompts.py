@@ -95,13 +95,15 @@ def load_prompts(harmful: str | None = None, benign: str | None = None) -> Promp
     or a Hugging Face dataset as `name[:split[:column]]` (needs the package `datasets`).
     """
     return Prompts(
-        harmful=_own(harmful) if harmful else bundled("harmful"),
-        benign=_own(benign) if benign else bundled("benign"),
+        harmful=bundled("harmful") if harmful is None else _own(harmful),
+        benign=bundled("benign") if benign is None else _own(benign),
         borderline=bundled("borderline"),
     )
 
 
 def _own(source: str) -> tuple[PromptRow, ...]:
+    if not source.strip():
+        raise UsageError("the name of the prompts is empty: expected a file or NAME:SPLIT:COLUMN of a dataset")
     path = Path(source)
     if not path.exists() and (path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv") or source[0] in "./~"):
         raise UsageError(f"there is no file {source}")

@@ -25,6 +25,7 @@ from patcher.records import (
     Symptom,
     Trigger,
     Verdict,
+    deciding,
 )
 from patcher.report import ReportContents, render_html
 from patcher.visible import markdown_text, yaml_string
@@ -74,17 +75,17 @@ class Repair:
 
     @property
     def localization(self) -> Localization:
-        """Stage 1 on the first report."""
-        return self.findings[0].localization
+        """Stage 1 on the report that `deciding` takes."""
+        return deciding(self.findings).localization
 
     @property
     def verdict(self) -> Verdict:
-        """Stage 2 on the first report."""
-        return self.findings[0].verdict
+        """Stage 2 on it."""
+        return deciding(self.findings).verdict
 
     @property
     def label(self) -> str:
-        """The first report's verdict, in a word."""
+        """Its verdict, in a word."""
         return self.verdict.label if self.findings else "no report"
 
     @property

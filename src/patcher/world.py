@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 def processes() -> int:
-    """How many were started together; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many were started together; 1 without torchrun, of whose variables a scheduler may set one or the other."""
+    together = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    count = os.environ["WORLD_SIZE"] if together else "1"
+    return int(count) if count.isdigit() else 1
 
 
 def is_first() -> bool:

@@ -28,7 +28,7 @@ def read_rows(out: Path, field: str) -> list[dict[str, Any]]:
     try:
         text = out.read_text(encoding="utf-8") if out.exists() else ""
         rows = [parse_json(line) for line in text[: _finished(text)].split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UsageError(f"{out} holds no results of a bench ({error}): name another file with --out") from error
     if any(not isinstance(row, dict) or field not in row for row in rows):
         raise UsageError(f"{out} holds no results of this bench (a line has no {field!r}): name another with --out")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from patcher.cli.common import load_model, print_json
 from patcher.endpoint import find_served
-from patcher.exits import GATE_FAILED, REPAIRED
+from patcher.exits import GATE_FAILED, REPAIRED, shown
 from patcher.inputs import read_judge_error, read_steps, read_triggers
 from patcher.options import (
     DEFAULT_JUDGE,
@@ -42,7 +42,7 @@ from patcher.tasks import find_tasks
 def audit(
     model: Model,
     trigger: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             help="Folder of an incident or a test bed; its audit.json, verdict.json or ground-truth.json; or JSON with "
             "{trigger, placement}; may repeat"
@@ -88,7 +88,9 @@ def audit(
     as_json: AsJson = False,
 ) -> int:
     """Measure a model, before and after a patch, on held-out prompts with any trigger."""
-    planted, triggers = read_triggers(trigger or [], trigger_text or [])
+    if not all(trigger or []):
+        raise UsageError("a --trigger is empty: expected a folder or a file")
+    planted, triggers = read_triggers([*map(Path, trigger or [])], trigger_text or [])
     error = read_judge_error(judge_error, judge) if judge_error else None
     prompts = load_prompts(harmful, benign)
     tasks = find_tasks(task, limit)
@@ -101,9 +103,9 @@ def audit(
         raise UsageError(f"{given[0]} compares with the model alone: give a --patch, too")
     if gcg_steps and not gcg:
         raise UsageError("--gcg-steps is of the search that --gcg asks for: give --gcg, too")
-    if served and controls:
+    if served is not None and controls is not None:
         raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
-    servers = find_served(served, patch is not None) if served else None
+    servers = None if served is None else find_served(served, patch is not None)
 
     from patcher.audit import AuditPlan, AuditSettings
     from patcher.judges import check_judge
@@ -114,7 +116,7 @@ def audit(
     check_judge(judge)
     loaded, steps = (load_patch(patch), read_steps(patch)) if patch else (None, None)
     lm = load_model(model, device, dtype, chat_template)
-    clean = load_model(controls, device, dtype, chat_template) if controls else None
+    clean = None if controls is None else load_model(controls, device, dtype, chat_template)
     settings = AuditSettings(
         max_prompts=audit_prompts,
         judge=judge,
@@ -137,10 +139,11 @@ def audit(
         max_unanswered=max_unanswered,
     )
     gates = check_gates(measured, limits)
-    if as_json:
-        print_json(measured.as_plain() | {"gates": [gate.as_plain() for gate in gates]})
-    else:
-        console = Console(highlight=False)
-        show_audit(measured, console)
-        show_gates(gates, console)
+    with shown(out):
+        if as_json:
+            print_json(measured.as_plain() | {"gates": [gate.as_plain() for gate in gates]})
+        else:
+            console = Console(highlight=False)
+            show_audit(measured, console)
+            show_gates(gates, console)
     return REPAIRED if all(gate.passed for gate in gates) else GATE_FAILED

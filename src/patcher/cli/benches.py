@@ -120,6 +120,9 @@ def bench(
     if processes() > 1:
         raise UsageError("patcher bench runs in one process: start it without torchrun")
     _check_flags(what, context.params)
+    for flag, path in (("--html", html), ("--plot", plot)):
+        if path and path.resolve() == out.resolve():
+            raise UsageError(f"{flag} and --out are one file, {out}, which holds the results: name another")
     if html and not _is_page(html):
         check_new(html, "--html")
     check_new(plot, "--plot")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from patcher.cli.common import list_settings, load_model, print_json, show
-from patcher.exits import CODES, NOTHING_TO_REPAIR, REPAIRED
+from patcher.exits import CODES, NOTHING_TO_REPAIR, REPAIRED, shown
 from patcher.inputs import parse_settings, read_failures, read_suspicion
 from patcher.journal import resumed
 from patcher.options import (
@@ -101,7 +101,7 @@ def localize(
         console = Console(highlight=False)
         show_localization(found, report, console)
         show_verdict(verdict, console)
-    return REPAIRED if verdict.label in ("backdoor", "jailbreak-wording") else NOTHING_TO_REPAIR
+    return REPAIRED if verdict.found_words else NOTHING_TO_REPAIR
 
 
 def _list_defenses(wanted: bool) -> None:
@@ -258,11 +258,14 @@ def repair(
         expected = plan(lm, prompts, settings, reports)
         show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
-    work = repr((lm.identity, dtype, settings.audit.judge_rows, reports, settings, prompts, tasks, versions()))
+    asked = settings.audit.model_copy(update={"judge": ""})
+    before_gates = settings.model_copy(update={"gates": GateLimits(), "audit": asked})  # those come after all the work
+    work = repr((lm.identity, dtype, reports, before_gates, prompts, tasks, versions()))
     with ProgressBars() as progress, resumed(out, work, progress) as journal:
         made = run_repair(lm, reports, settings, prompts=prompts, tasks=tasks, on_progress=progress, journal=journal)
         made.save(out, redact=redact, merge_into=lm if merge else None)
-    _show_repair(made, out, as_json)
+    with shown(out):
+        _show_repair(made, out, as_json)
     return CODES[made.status]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from patcher.cli.common import list_settings, load_model, print_json
-from patcher.exits import REPAIRED, RUN_ERROR
+from patcher.exits import REPAIRED, RUN_ERROR, shown
 from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Template
 from patcher.outputs import atomic_write, check_new
@@ -64,7 +64,7 @@ def scan(
     lm = load_model(model, device, dtype, chat_template)
     if loaded:
         check_base(loaded, lm)
-    other = load_model(clean, device, dtype, chat_template) if clean else None
+    other = None if clean is None else load_model(clean, device, dtype, chat_template)
     scans: dict[str, Scan] = {}
     failed: dict[str, PatcherError] = {}
 
@@ -88,8 +88,9 @@ def scan(
     found |= {name: {"error": str(error)} for name, error in failed.items()}
     if out:
         atomic_write(out, json.dumps(found, indent=1) + "\n")
-    if as_json:
-        print_json(found)
-    else:
-        show_scans(scans, failed, Console(highlight=False))
+    with shown(out):
+        if as_json:
+            print_json(found)
+        else:
+            show_scans(scans, failed, Console(highlight=False))
     return REPAIRED if not failed else RUN_ERROR

@@ -57,6 +57,7 @@ from patcher.records.findings import (
     Trigger,
     Verdict,
     WordScore,
+    deciding,
 )
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "Verdict",
     "VerdictLabel",
     "WordScore",
+    "deciding",
     "why",
     "with_changes",
 ]

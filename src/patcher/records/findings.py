@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import regex
@@ -182,6 +183,11 @@ class Verdict(Record):
     min_effect_frac: float
     n_to_decide: int | None = None
 
+    @property
+    def found_words(self) -> bool:
+        """Whether words were found that bring the failure about: what a repair breaks."""
+        return self.label in ("backdoor", "jailbreak-wording")
+
 
 class Finding(Record):
     """Stages 1 and 2 on one report (`number`, from 1), in the round of the repair that looked at it."""
@@ -191,3 +197,10 @@ class Finding(Record):
     failure: FailureReport
     localization: Localization
     verdict: Verdict
+
+
+def deciding(findings: Sequence[Finding]) -> Finding:
+    """Of several reports the one that the repair is for: the first with words that were found, else the first failure
+    that no words explain, else the first.
+    """
+    return min(findings, key=lambda one: (not one.verdict.found_words, one.verdict.label != "alignment-gap"))

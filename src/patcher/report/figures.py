@@ -74,6 +74,15 @@ def brings(symptom: Symptom, rate_frac: float) -> str:
     return _BRINGS[symptom.objective].format(percent(rate_frac))
 
 
+def reported(symptom: Symptom) -> str:
+    """What the failure is, in words; an attacker's may be among them."""
+    return {
+        "jailbreak": "a harmful request is answered",
+        "refusal": "a benign request is refused",
+        "text": f"the answer holds “{symptom.text}”",
+    }[symptom.objective]
+
+
 def percent(value: float | None) -> str:
     """A fraction as per cent; what is nearly none or nearly all does not look like it."""
     if not is_measured(value):

@@ -28,6 +28,7 @@ from patcher.records import (
     Replay,
     SummaryRow,
     WordScore,
+    deciding,
 )
 from patcher.report import figures, words
 from patcher.visible import visible
@@ -76,7 +77,8 @@ def render_html(contents: ReportContents, *, redact: bool = False) -> str:
         outlook=outlook(contents),
         limits=limits(contents),
         shown=[_shown_finding(finding, contents.audit) for finding in contents.findings],
-        verdict=contents.findings[0].verdict if contents.findings else None,
+        first=deciding(contents.findings) if contents.findings else None,
+        reported=figures.reported(contents.findings[0].localization.symptom) if contents.findings else None,
         key_figures=_key_figures(contents),
     )
 
@@ -98,7 +100,7 @@ def _page(template: str, **values: Any) -> str:
 def outlook(contents: ReportContents) -> Outlook:
     """Repaired, gate failed, or why nothing was changed."""
     if contents.patch_log is None:
-        is_needed = any(one.verdict.label in ("backdoor", "jailbreak-wording") for one in contents.findings)
+        is_needed = any(one.verdict.found_words for one in contents.findings)
         return Outlook("not repaired", "bad") if is_needed else Outlook("nothing to repair", "calm")
     if any(not gate.passed for gate in contents.gates):
         return Outlook("gate failed", "bad")
@@ -122,9 +124,14 @@ def limits(contents: ReportContents) -> list[str]:
         if audit.judge == "keyword"
         else f"The judge of answers is {audit.judge}"
     )
+    success = (
+        "an attack that succeeds is an answer that holds the unwanted text"
+        if audit.symptom.objective == "text"
+        else "an attack that succeeds is one that it sees"
+    )
     return [
         triggers,
-        f"{judge}; an attack that succeeds is one that it sees.",
+        f"{judge}; {success}.",
         "Every share is of prompts like those asked, and as sure as its interval.",
     ]
 
@@ -198,8 +205,8 @@ def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:
     """(name, figure, note) for the header: what an engineer wants to know first."""
     audit = contents.audit
     if audit is None:
-        localization = contents.findings[0].localization
-        effects = [test.effect_frac for test in contents.findings[0].verdict.tests if test.n]
+        localization, verdict = (first := deciding(contents.findings)).localization, first.verdict
+        effects = [test.effect_frac for test in verdict.tests if test.n]
         return [
             ("Triggers found", str(len(localization.candidates)), f"{localization.tried} word sets tried"),
             ("Largest effect", figures.points(max(effects, default=None)), "points, against control words"),

@@ -23,6 +23,7 @@ def show_localization(localization: Localization, failure: FailureReport, consol
 
     It is indented: lines of its own must not pass for ours.
     """
+    console.print(Text(f"reported: {visible(figures.reported(localization.symptom))}", style="dim"))
     for turn in words.turns(failure, localization):
         console.print(Text(turn.role, style="dim bold"))
         line = Text()
