@@ -95,15 +95,13 @@ def _part(path: Path) -> Path:
 
 def _is_anothers(process: int) -> bool:
     """Whether another process of that number is alive."""
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         return True
-    return True
+    except ProcessLookupError:
+        return False
+    return process != os.getpid()
 
 
 def remove(path: Path) -> None:
