@@ -200,7 +200,8 @@ def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, 
 
 
 def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:
-    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it.
+    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it,
+    as it stood there.
 
     Raises:
         PatcherError: there is none.
@@ -210,5 +211,6 @@ def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) ->
         raise PatcherError("this defense needs a trigger, and none was found")
     trigger = rng.choice(list(triggers))
     if trigger.seen_at and rng.random() < 0.5:
-        trigger = trigger.model_copy(update={"placement": trigger.seen_at})
+        units = (rng.choice(trigger.seen_as),) if trigger.seen_as else trigger.units
+        trigger = trigger.model_copy(update={"placement": trigger.seen_at, "units": units})
     return insert_trigger(text, trigger, rng)
