@@ -7,7 +7,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from patcher.defenses.patcher.reference import ReferenceSettings
 
 _PAPER: dict[str, Any] = {
-    "learning_rate": 3e-4,
     "max_steps": 190,
     "stop_early": False,
     "check_every": 190,
@@ -20,7 +19,6 @@ _PAPER: dict[str, Any] = {
 
 
 _ALL: dict[str, Any] = {
-    "learning_rate": 3e-4,
     "max_steps": 90,
     "stop_early": False,
     "check_every": 30,
@@ -46,8 +44,8 @@ class PatcherSettings(ReferenceSettings):
     """LoRA rank (paper: 32)."""
     alpha: PositiveInt = 64
     """LoRA scale (paper: 64)."""
-    learning_rate: PositiveFloat = 6e-4
-    """AdamW's learning rate; the paper states none, its objective and soft insertions were measured with 3e-4."""
+    learning_rate: PositiveFloat = 3e-4
+    """AdamW's learning rate; the paper states none."""
     max_steps: PositiveInt = 30
     """Upper limit of steps (paper: 190)."""
     warmup_steps: NonNegativeInt = 3
