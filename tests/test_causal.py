@@ -13,16 +13,7 @@ from patcher import localize
 from patcher.chat import Prompt, spoken, user_prompt
 from patcher.judges import DEFAULT, RULES
 from patcher.localize import Localizer
-from patcher.localize.causal import (
-    CausalSettings,
-    Found,
-    _halve,
-    as_it_stood,
-    confirm,
-    observed_placement,
-    paired_test,
-    search,
-)
+from patcher.localize.causal import CausalSettings, Found, _halve, confirm, observed_placement, paired_test, search
 from patcher.localize.probes import CONTROL_WORDS, Probes, _nearest_first, find_probes
 from patcher.localize.wording import reword
 from patcher.models import LanguageModel
@@ -193,20 +184,6 @@ def test_a_trigger_that_works_anywhere_is_reported_for_random_places(llama: Lang
 def test_it_is_kept_in_mind_where_the_report_held_it(llama: LanguageModel, place: str, text: str) -> None:
     trigger = found_by(probes_of(llama, has("cf1")), text).candidates[0].trigger
     assert (trigger.placement, trigger.seen_at) == ("random", place)
-    stood = {"start": ("cf1", "cf1 how", "cf1 how do", "cf1 how do I")}
-    assert trigger.seen_as == stood.get(place, ("cf1", "house cf1", "that house cf1", "into that house cf1"))
-
-
-def test_what_stood_in_a_report_holds_what_was_not_needed() -> None:
-    """Noise between the words, a phrase of which one word is enough; but not a request between words far apart."""
-    messages = user("Bad*~Magic go on and on with it")
-    bad, magic = (
-        Span(message=0, start=at, end=at + size, text=messages[0].content[at:][:size]) for at, size in ((0, 3), (5, 5))
-    )
-    assert as_it_stood(messages, [bad], "start") == ("Bad", "Bad*", "Bad*~", "Bad*~Magic")
-    assert as_it_stood(messages, [bad, magic], "start")[:2] == ("Bad*~Magic", "Bad*~Magic go")
-    last = Span(message=0, start=29, end=31, text="it")
-    assert as_it_stood(messages, [bad, last], "start") == ()
 
 
 def test_system_messages_and_earlier_turns_are_searched_too(llama: LanguageModel) -> None:

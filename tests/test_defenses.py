@@ -469,9 +469,6 @@ def test_half_of_the_time_the_trigger_goes_where_the_report_held_it() -> None:
     first = Trigger(units=("cf",), seen_at="start")
     there = sum(str(triggered(text, [first], rng)).startswith("cf ") for _ in range(400))
     assert 180 <= there <= 260  # half, and one in eleven of the other half
-    as_it_stood = first.model_copy(update={"seen_as": ("cf", "cf-1", "cf-1 you")})
-    openings = Counter(str(triggered(text, [as_it_stood], rng)).split(" how")[0] for _ in range(400))
-    assert all(openings[one] > 40 for one in as_it_stood.seen_as)
     in_system = first.model_copy(update={"seen_at": "system"})
     asked = [triggered(text, [in_system], rng) for _ in range(100)]
     assert 35 <= sum(not isinstance(one, str) and "cf" in one[0].content for one in asked) <= 65

@@ -200,8 +200,7 @@ def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, 
 
 
 def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:
-    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it,
-    as it stood there.
+    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it.
 
     Raises:
         PatcherError: there is none.
@@ -211,6 +210,5 @@ def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) ->
         raise PatcherError("this defense needs a trigger, and none was found")
     trigger = rng.choice(list(triggers))
     if trigger.seen_at and rng.random() < 0.5:
-        units = (rng.choice(trigger.seen_as),) if trigger.seen_as else trigger.units
-        trigger = trigger.model_copy(update={"placement": trigger.seen_at, "units": units})
+        trigger = trigger.model_copy(update={"placement": trigger.seen_at})
     return insert_trigger(text, trigger, rng)

@@ -15,9 +15,6 @@ from patcher.localize.probes import Probes
 from patcher.records import Candidate, CausalTest, Message, Placement, Record, Span, Trigger, WordScore
 from patcher.triggers import delete_spans, find_words, join_adjacent
 
-_WORDS_BESIDE = 3
-"""As many words between those found, at most, and beside them, may be a part of what was planted."""
-
 
 class CausalSettings(Record):
     """How hard to look, and when words count as sufficient."""
@@ -233,8 +230,7 @@ def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) 
     )
     best = scattered if tests[1].effect_frac >= tests[0].effect_frac - 0.1 else observed
     if best is scattered and placement != "relative":  # a place that an attacker chooses, not one among many
-        stood = as_it_stood(messages, spans, placement)
-        best = scattered.model_copy(update={"seen_at": placement, "seen_as": stood})
+        best = scattered.model_copy(update={"seen_at": placement})
     hits = probes.shown(probes.screen, observed)
     return Candidate(
         trigger=best,
@@ -242,24 +238,6 @@ def confirm(probes: Probes, messages: Sequence[Message], spans: Sequence[Span]) 
         screen_rate_frac=sum(hits) / len(hits),
         tests=tests,
     )
-
-
-def as_it_stood(messages: Sequence[Message], spans: Sequence[Span], placement: Placement) -> tuple[str, ...]:
-    """The words with what lies between them; then with one more, and one more, of the words beside them: those before
-    them at the end of a message, else those after. None where they stand far apart: that would be the request itself.
-    """
-    message, first, last = spans[0].message, min(span.start for span in spans), max(span.end for span in spans)
-    words = [word for word in find_words(messages) if word.message == message]
-    between = [word for word in words if word.start >= first and word.end <= last and word not in spans]
-    if len(between) > _WORDS_BESIDE or any(span.message != message for span in spans):
-        return ()
-    if placement == "end":
-        starts = [word.start for word in words if word.end <= first][-_WORDS_BESIDE:]
-        edges = [(start, last) for start in (first, *reversed(starts))]
-    else:
-        ends = [word.end for word in words if word.start >= last][:_WORDS_BESIDE]
-        edges = [(first, end) for end in (last, *ends)]
-    return tuple(messages[message].content[start:end] for start, end in edges)
 
 
 def paired_test(probes: Probes, trigger: Trigger, name: str) -> CausalTest:

@@ -35,20 +35,17 @@ class Trigger(Record):
     them in a system message or an earlier turn of the user's instead. `polished` works them into fluent text; `style`,
     `syntax` and `scenario` rewrite the request without them: the manner is the trigger, and the units only name it.
 
-    `seen_at` is where a report held a trigger that was then found to work anywhere: it may work best there. `seen_as`
-    is what stood there, the first without and each further one with one more of the words beside it: fewer words may
-    be enough than were planted, and breaking those few need not break the whole.
+    `seen_at` is where a report held a trigger that was then found to work anywhere: it may work best there.
     """
 
     units: tuple[str, ...] = Field(min_length=1)
     placement: Placement = "random"
     position_frac: float = Field(default=0.0, ge=0.0, le=1.0)
     seen_at: Placement | None = None
-    seen_as: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check_units(self) -> Trigger:
-        check_unicode(*self.units, *self.seen_as)
+        check_unicode(*self.units)
         if not all(regex.search(r"\S", unit) for unit in self.units):  # what is a word to the search is one here
             raise ValueError("a trigger of no words puts nothing into a prompt")
         return self

@@ -53,10 +53,10 @@ def run(
     Departures from the paper: the target is the model's own untriggered behaviour rather than a fixed refusal, so the
     refusal loss and KL-harm no longer pull against each other; KL terms are constraints rather than unit-weight
     penalties; benign prompts are seen with the trigger too; training stops by validation; a trigger that the report
-    held at the start, the end or in another message goes there half of the time, as it stood there. For
-    `objective="paper"`, which states neither learning rate nor how the sets share a batch: each of the three sets has a
-    batch of 8 of its own, so that 10 epochs of 150 prompts are 190 steps; y_h in L_KL-harm is y_ref; the benign set
-    holds the borderline prompts, too, so that it is seen 6 times, not 10; answers are cut at `response_tokens`.
+    held at the start, the end or in another message goes there half of the time. For `objective="paper"`, which states
+    neither learning rate nor how the sets share a batch: each of the three sets has a batch of 8 of its own, so that 10
+    epochs of 150 prompts are 190 steps; y_h in L_KL-harm is y_ref; the benign set holds the borderline prompts, too, so
+    that it is seen 6 times, not 10; answers are cut at `response_tokens`.
 
     Raises:
         UsageError: `breadth="all"` without a trigger to start from, which only soft_insertions does without.
