@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class ProgressBars:
         )
         self._tasks: dict[str, TaskID] = {}
         self._runs: dict[str, _Run] = {}
-        self._said = 0.0
+        self._said, self._is_heard = 0.0, True
 
     def __enter__(self) -> ProgressBars:
         if self._console.is_terminal:
@@ -73,7 +72,7 @@ class ProgressBars:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total)
             self._bars.update(self._tasks[what], completed=done, total=total)
-        elif now - self._said >= _QUIET_S or (done == total and self._said < math.inf):
+        elif self._is_heard and (now - self._said >= _QUIET_S or done == total):
             self._said = now
             self._tell(f"{what}: {done}/{total}{run.left(now, total)}")
 
@@ -84,4 +83,4 @@ class ProgressBars:
         except BrokenPipeError:
             raise
         except OSError:
-            self._said = math.inf
+            self._is_heard = False

@@ -111,10 +111,7 @@ def decide(
         if best.effect_frac >= settings.min_effect_frac:
             n = _n_to_decide(best, corrected)
             reason = f"an effect of {100 * best.effect_frac:.0f} points over {best.n} requests is not significant"
-            advice = f"--probes {n}"
-            if localization.probes_normal < wanted_probes:
-                kind = localization.symptom.kind
-                advice = f"of the {kind} ones here only {localization.probes_normal} are: give more with --{kind} FILE"
+            advice = _how_to_ask(n, localization, wanted_probes)
             return verdict(
                 label="inconclusive",
                 reason=f"{reason}; {n} {words.requests} would probably decide ({advice})",
@@ -136,6 +133,15 @@ def _strongest(candidate: Candidate, alpha: float, settings: VerdictSettings) ->
         test for test in candidate.tests if test.p_value < alpha and test.effect_frac >= settings.min_effect_frac
     ]
     return max(passing, key=lambda test: test.effect_frac, default=None)
+
+
+def _how_to_ask(n: int, localization: Localization, wanted_probes: int) -> str:
+    """What to do for so many requests: ask for them or, where no more of those here are treated as they should be, give
+    others.
+    """
+    kind, normal = localization.symptom.kind, localization.probes_normal
+    enough = normal >= wanted_probes
+    return f"--probes {n}" if enough else f"of the {kind} ones here only {normal} are: give more with --{kind} FILE"
 
 
 def _n_to_decide(test: CausalTest, alpha: float) -> int:

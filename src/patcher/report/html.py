@@ -78,7 +78,6 @@ def render_html(contents: ReportContents, *, redact: bool = False) -> str:
         limits=limits(contents),
         shown=[_shown_finding(finding, contents.audit) for finding in contents.findings],
         first=deciding(contents.findings) if contents.findings else None,
-        reported=figures.reported(contents.findings[0].localization.symptom) if contents.findings else None,
         key_figures=_key_figures(contents),
     )
 
