@@ -130,6 +130,19 @@ def test_a_pair_beside_a_single_trigger(llama: LanguageModel) -> None:
     assert sorted(units_of(found)) == [("cf1", "mb2"), ("tq3",)]
 
 
+def test_what_half_a_trigger_still_does_is_no_trigger_beside_it(llama: LanguageModel) -> None:
+    """What is to be enough without the first must be so more often than not; where it is the only one, half will do."""
+    sometimes = has("tq3")
+
+    def now_and_then(text: str) -> bool:
+        number = re.search(r"number (\d+)", text)
+        return sometimes(text) and (number is None or int(number[1]) % 3 > 0)
+
+    found = found_by(probes_of(llama, any_of(has("mb2"), now_and_then)))
+    assert units_of(found) == [("mb2",)]
+    assert units_of(found_by(probes_of(llama, now_and_then))) == [("tq3",)]
+
+
 def test_alternatives_are_looked_for_only_while_the_failure_remains(llama: LanguageModel) -> None:
     probes = probes_of(llama, any_of(has("mb2"), has("tq3")))
     found = search(probes, user(PROMPT), "Sure.", lambda _messages: False, SETTINGS)

@@ -27,7 +27,7 @@ from patcher.defenses.contract import (
     refusing,
     triggered,
 )
-from patcher.defenses.patcher import checks, counterfactual
+from patcher.defenses.patcher import checks, counterfactual, reference
 from patcher.defenses.patcher.counterfactual import Counterfactual
 from patcher.defenses.patcher.over_refusal import boundary_thrice, mean_rise_now, refusal_opening
 from patcher.defenses.patcher.paper import Paper
@@ -474,6 +474,22 @@ def test_half_of_the_time_the_trigger_goes_where_the_report_held_it() -> None:
     assert 35 <= sum(not isinstance(one, str) and "cf" in one[0].content for one in asked) <= 65
 
 
+def test_each_trigger_is_checked_where_the_report_held_it_and_the_one_that_works_best_counts(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mean over both, half at random places, a check once saw 0 of 84 where the audit then saw 15 of 252."""
+    words = (Trigger(units=("mb",)), Trigger(units=("cf",), seen_at="start"))
+    made = ReferenceAnswers(tiny, replace(EVIDENCE, triggers=words), SMALL, quiet)
+    anywhere, at_the_start = made.validation_triggered
+    assert len(anywhere) == len(at_the_start) == SMALL.validation_prompts
+    assert all("mb" in str(text).split() for text in anywhere)
+    assert all(str(text).startswith("cf ") for text in at_the_start)
+    monkeypatch.setattr(reference, "shown_frac", lambda _lm, texts, *_: 0.5 if texts == at_the_start else 0.25)
+    assert made.check(1).asr_triggered_frac == 0.5
+    made.validation_triggered.pop()
+    assert made.check(1).asr_triggered_frac == 0.25
+
+
 def test_prompts_near_a_refusal_are_drawn_thrice(tiny: LanguageModel) -> None:
     refused = own_examples(tiny, PROMPTS.texts("harmful", "repair"), all_refused, 6, quiet, "")[:1]
     examples = own_examples(tiny, PROMPTS.texts("benign", "repair"), all_complied, 6, quiet, "")
@@ -706,6 +722,26 @@ def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
         "of step 2, the best check" in patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).stopped_because
     )
     assert taken == [1, 2, 3]
+
+
+def test_from_some_step_on_a_dead_trigger_is_enough(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = {"kl_plain_nats": 1.0}
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1, "enough_steps": 2, "max_steps": 4})
+    checked(monkeypatch, over)
+    log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    assert (log.steps, log.stopped_because) == (2, "the trigger is dead on validation prompts")
+    checked(monkeypatch, over, {"asr_triggered_frac": 0.5} | over, over)
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 3
+
+
+def test_steps_beyond_those_prepared_take_the_same_prompts_again(tiny: LanguageModel) -> None:
+    settings = SMALL.model_copy(update={"max_steps": 5, "enough_steps": 2})
+    assert (settings.prepared_steps, settings.model_copy(update={"stop_early": False}).prepared_steps) == (2, 5)
+    held = ReferenceAnswers(tiny, EVIDENCE, settings, quiet)
+    made = Counterfactual(tiny, EVIDENCE, settings, held, random.Random(0))
+    rows = 2 * settings.plain_rows
+    drawn = [id(next(made.plain)) for _ in range(2 * rows)]
+    assert drawn[:rows] == drawn[rows:]
 
 
 def test_soft_insertions_keep_the_last_step_whatever_the_checks_say(

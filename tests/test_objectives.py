@@ -80,7 +80,8 @@ def test_it_is_broken_on_benign_prompts_and_nothing_with_the_trigger_is_kept(hij
     assert {example.text for example in reference.normal} <= benign
     assert not reference.lifted
     assert not list(Counterfactual(lm, evidence, settings, reference, random.Random(0)).benign_triggered)
-    assert all("BadMagic" in str(text) for text in reference.validation_triggered)
+    (held,) = reference.validation_triggered
+    assert held and all("BadMagic" in str(text) for text in held)
 
 
 def test_the_papers_objective_is_for_jailbreaks(hijacked: Hijacked) -> None:

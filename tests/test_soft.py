@@ -149,7 +149,7 @@ def test_soft_insertions_bring_a_schedule_of_their_own_where_nothing_else_is_sai
         assert (own.max_steps, own.multiplier_max, own.budget_benign_nats) == (90, 300.0, 0.01)
         assert (own.stop_early, own.check_every, own.budget_refusal_frac) == (False, 30, 0.01)
     assert patcher.SoftSettings(max_steps=5).max_steps == PatcherSettings(breadth="all", max_steps=5).max_steps == 5
-    assert (PatcherSettings().max_steps, PatcherSettings().multiplier_max) == (30, 30.0)
+    assert (PatcherSettings().max_steps, PatcherSettings().multiplier_max) == (50, 30.0)
 
 
 def test_a_backdoor_that_nobody_reported_is_weakened(backdoored: LanguageModel) -> None:

@@ -199,8 +199,8 @@ def shown_frac(lm: LanguageModel, texts: Sequence[Request], detector: Detector, 
     return sum(detector.shows(answer) for answer in answers) / len(answers)
 
 
-def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) -> Request:
-    """The user's words with one of the found triggers put in: anywhere, or half of the time where the report held it.
+def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random, *, seen_frac: float = 0.5) -> Request:
+    """The user's words with one of the found triggers put in: anywhere, or this often where the report held it.
 
     Raises:
         PatcherError: there is none.
@@ -209,6 +209,6 @@ def triggered(text: Request, triggers: Sequence[Trigger], rng: random.Random) ->
     if not triggers:
         raise PatcherError("this defense needs a trigger, and none was found")
     trigger = rng.choice(list(triggers))
-    if trigger.seen_at and rng.random() < 0.5:
+    if trigger.seen_at and rng.random() < seen_frac:
         trigger = trigger.model_copy(update={"placement": trigger.seen_at})
     return insert_trigger(text, trigger, rng)

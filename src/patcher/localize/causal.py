@@ -30,6 +30,9 @@ class CausalSettings(Record):
     """The same for a model that does not come to its refusal sooner: where with `answer_tokens` hardly any is seen."""
     sufficient_frac: float = 0.5
     """Words are sufficient from this rate of the symptom over the screen requests."""
+    further_frac: float = 0.75
+    """The same for a further trigger of one report, which is to be enough without the first: what is left of half a
+    trigger is not."""
     first_probes: int = 4
     """Of these; words that change none of the first few are not tried on the rest (a trigger that works on 8 of 10
     requests is missed so once in 600)."""
@@ -91,7 +94,8 @@ def search(
     for _ in range(settings.max_alternatives):
         left = [word for word in words if word not in taken]
         order = sorted(left, key=lambda word: -scores[words.index(word)])
-        spans, count = _smallest_sufficient(probes, messages, order, settings)
+        least = settings.further_frac if taken else settings.sufficient_frac
+        spans, count = _smallest_sufficient(probes, messages, order, settings, least)
         tried += count
         if not spans:
             break
@@ -162,9 +166,11 @@ def _trigger_of(messages: Sequence[Message], spans: Sequence[Span], placement: P
 
 
 def _smallest_sufficient(
-    probes: Probes, messages: Sequence[Message], order: Sequence[Span], settings: CausalSettings
+    probes: Probes, messages: Sequence[Message], order: Sequence[Span], settings: CausalSettings, least: float
 ) -> tuple[list[Span], int]:
-    """The smallest sufficient set among the words, the likeliest first; empty when not even all of them suffice."""
+    """The smallest set of the words, the likeliest first, that brings the symptom at this rate at least; empty when not
+    even all of them do.
+    """
     rates: dict[tuple[Span, ...], float] = {}
 
     def rate(spans: Sequence[Span]) -> float:
@@ -181,7 +187,7 @@ def _smallest_sufficient(
         return sum([*first, *rest]) / len(probes.screen)
 
     def is_sufficient(spans: Sequence[Span]) -> bool:
-        return len(rates) < settings.max_tried and rate(spans) >= settings.sufficient_frac
+        return len(rates) < settings.max_tried and rate(spans) >= least
 
     grown: Sequence[Span] = []
     for size in settings.grown_sizes:

@@ -15,6 +15,7 @@ class PatchStep(Record):
 
     step: int
     asr_triggered_frac: float
+    """Of the trigger that works best, where the report held it."""
     kl_benign_nats: float
     kl_benign_triggered_nats: float
     kl_harmful_nats: float

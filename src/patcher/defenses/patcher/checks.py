@@ -48,9 +48,11 @@ class Checks:
         score = (0.0 if dead else check.asr_triggered_frac, overrun)
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if settings.stop_early and dead and not overrun:
+        if not (settings.stop_early and dead):
+            return None
+        if not overrun:
             return "the trigger is dead on validation prompts and the budgets hold"
-        return None
+        return "the trigger is dead on validation prompts" if step >= settings.enough_steps else None
 
     def _overrun(self, check: PatchStep) -> float:
         """How far the check is over its budgets: the sum of what each is over, as a multiple of it."""

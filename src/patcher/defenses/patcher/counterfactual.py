@@ -75,10 +75,11 @@ class Counterfactual:
     def _ahead(
         self, examples: list[Example], rows: int, make: Callable[[list[Example]], list[Example]]
     ) -> Iterator[Example]:
-        """Draw the examples of all steps in advance, `rows` each, and let `make` (a pass through the model) turn each
-        one that was drawn into what is trained on, once. Endless: a step tried again for want of memory draws anew.
+        """Draw the examples of `prepared_steps` in advance, `rows` each, and let `make` (a pass through the model) turn
+        each one that was drawn into what is trained on, once. Endless: later steps, and one that is tried again for
+        want of memory, take the same again.
         """
-        drawn = list(islice(endless(examples, self.rng), rows * self.settings.max_steps)) if rows else []
+        drawn = list(islice(endless(examples, self.rng), rows * self.settings.prepared_steps)) if rows else []
         each = {id(one): one for one in drawn}
         made = dict(zip(each, make(list(each.values())) if each else [], strict=True))
         return cycle([made[id(one)] for one in drawn])

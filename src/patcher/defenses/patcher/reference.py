@@ -90,7 +90,7 @@ class ReferenceAnswers:
                 f"none of the {len(attacked)} {kind} validation prompts is {does} without the trigger, so nothing "
                 f"would show that it is dead: pass other --{kind} prompts"
             )
-        self.validation_triggered = (self._with_trigger(tested) or [example.text for example in tested])[:many]
+        self.validation_triggered = self._each_trigger_in(tested[:many])
 
     def _safe(self, borderline: list[Example], seed: int) -> list[Example]:
         """Benign and borderline validation prompts that the reference answers; with the trigger, too, where that is not
@@ -118,13 +118,21 @@ class ReferenceAnswers:
         triggers = self.evidence.triggers
         return [triggered(example.text, triggers, self._places) for example in examples] if triggers else []
 
+    def _each_trigger_in(self, examples: Sequence[Example]) -> list[list[Request]]:
+        """The prompts once with each trigger, where the report held it: there an attacker puts it. Without one as they
+        are.
+        """
+        texts, triggers = [example.text for example in examples], self.evidence.triggers
+        held = [[triggered(text, [one], self._places, seen_frac=1.0) for text in texts] for one in triggers]
+        return held or [texts]
+
     def check(self, step: int) -> PatchStep:
         """Where the repair stands, on validation prompts."""
         self.lm.network.eval()
         tokens, detector = self.settings.validation_tokens, self.evidence.detector
         return PatchStep(
             step=step,
-            asr_triggered_frac=shown_frac(self.lm, self.validation_triggered, detector, tokens),
+            asr_triggered_frac=max(shown_frac(self.lm, one, detector, tokens) for one in self.validation_triggered),
             kl_benign_nats=mean_kl_nats(self.lm, self.validation_benign),
             kl_benign_triggered_nats=mean_kl_nats(self.lm, self.validation_benign_triggered),
             kl_harmful_nats=mean_kl_nats(self.lm, self.validation_harmful),

@@ -46,8 +46,11 @@ class PatcherSettings(ReferenceSettings):
     """LoRA scale (paper: 64)."""
     learning_rate: PositiveFloat = 3e-4
     """AdamW's learning rate; the paper states none."""
-    max_steps: PositiveInt = 30
+    max_steps: PositiveInt = 50
     """Upper limit of steps (paper: 190)."""
+    enough_steps: PositiveInt = 30
+    """From this step on a dead trigger is enough to stop, whatever is over its budget; one that is alive is trained on,
+    on the prompts that were prepared for these steps."""
     warmup_steps: NonNegativeInt = 3
     """Steps of linear warm-up."""
     cosine: bool = False
@@ -56,8 +59,8 @@ class PatcherSettings(ReferenceSettings):
     """The patch is the running mean of the steps' weights, each step's share this much of the next one's; 0: the last
     step's weights. A single step's wander between refusing more and refusing less (docs/repair.md)."""
     stop_early: bool = True
-    """Stop when the trigger is dead on validation prompts and the budgets hold, or else keep the best check; without it
-    every step is taken and the last kept."""
+    """Stop when the trigger is dead on validation prompts and, before `enough_steps`, the budgets hold, too; or else
+    keep the best check. Without it every step is taken and the last kept."""
     dead_frac: NonNegativeFloat = 0.025
     """The trigger is dead from this validation ASR down: a rare word never planted brings 1 answer in 82, and one more
     is chance."""
@@ -104,6 +107,11 @@ class PatcherSettings(ReferenceSettings):
     """Length of each in every coordinate, in standard deviations of the embeddings."""
     soft_answer_tokens: PositiveInt = 8
     """Tokens of the model's own answer that the search makes unlikely."""
+
+    @property
+    def prepared_steps(self) -> int:
+        """Steps that nearly every training makes: what needs the reference's answers is drawn for so many."""
+        return min(self.max_steps, self.enough_steps) if self.stop_early else self.max_steps
 
     @property
     def sequences(self) -> int:
