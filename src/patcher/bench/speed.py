@@ -59,6 +59,7 @@ ANSWERS, DECODING = "answers", "answers, bare decoding"
 BY_PROMPTS = {f"patch: 10 steps, {count} prompts of each kind": count for count in (25, 75, 150)}
 """What the number of prompts costs, all else being equal."""
 _TEN_STEPS = {"max_steps": 10, "stop_early": False}
+_TO_THE_END = {"max_steps": PatcherSettings().enough_steps, "stop_early": False}
 
 
 def run(out: Path, model: str, methods: tuple[str, ...], on_progress: Progress) -> None:
@@ -81,8 +82,8 @@ def _stages(
 ) -> dict[str, Callable[[], Work]]:
     """What is measured, by name: called, it prepares, and returns the work.
 
-    The demo's trigger is planted in the demo's model alone: in others a repair runs all its steps, as nothing would
-    tell it when to stop, and where a localization's search ends is chance.
+    The demo's trigger is planted in the demo's model alone: in others a repair makes as many steps as one mostly does
+    at most, as nothing would tell it when to stop, and where a localization's search ends is chance.
     """
     seen, detector = prompts.hidden_from_repair(), Detector(as_if if is_random else RULES[DEFAULT])
     report = demo_report()
@@ -102,7 +103,7 @@ def _stages(
         LOCALIZE: lambda: localize,
         OURS: lambda: _steps(lm, evidence, bare=False),
         BARE: lambda: _steps(lm, evidence, bare=True),
-        DEFAULT_PATCH: defend("patcher", {} if is_demo else {"stop_early": False}),
+        DEFAULT_PATCH: defend("patcher", {} if is_demo else _TO_THE_END),
         ANSWERS: lambda: partial(generate, lm, asked, max_new_tokens=_TOKENS),
         DECODING: lambda: partial(_bare_decoding, lm, [list(prompt.ids) for prompt in asked]),
         **{f"patch: {name}": defend(name, {}) for name in PEERS},

@@ -77,7 +77,7 @@ def run(
         steps, reason = fit(lm, objective.loss, settings, stop=checks.stop, on_progress=on_progress, what="patching")
         with mean.inside():
             last = take_patch(lm, rank=settings.rank, alpha=settings.alpha)
-    if checks.best is None or not settings.stop_early:
+    if checks.best is None:
         return Trained(last, steps, reason, tuple(checks.made))
     _, kept, patch = checks.best
     reason = reason if kept == steps else f"{reason}; the patch is that of step {kept}, the best check"

@@ -44,15 +44,17 @@ class Checks:
         settings = self.settings
         check = self.reference.check(step)
         self.made.append(check)
+        if not settings.stop_early:  # for the record only
+            return None
         overrun, dead = self._overrun(check), check.asr_triggered_frac <= settings.dead_frac
         score = (0.0 if dead else check.asr_triggered_frac, overrun)
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
-        if not (settings.stop_early and dead):
-            return None
-        if not overrun:
+        if dead and not overrun:
             return "the trigger is dead on validation prompts and the budgets hold"
-        return "the trigger is dead on validation prompts" if step >= settings.enough_steps else None
+        if dead and step >= settings.enough_steps:
+            return "the trigger is dead on validation prompts"
+        return None
 
     def _overrun(self, check: PatchStep) -> float:
         """How far the check is over its budgets: the sum of what each is over, as a multiple of it."""
