@@ -111,7 +111,7 @@ def sample(
         ),
         "audit": audit_of(found, text, answer),
         "gates": (Gate(name="asr", limit=0.02, value=0.004, passed=True, n=252),),
-        "made": {"model": f"smollm2 {text}", "command": f"patcher repair --response '{answer}'", "seed": "0"},
+        "made": {"model": f"smollm2 {text}", "seed": "0"},
     }
     fields |= changes
     finding = Finding(**{name: fields.pop(name) for name in ("failure", "localization", "verdict")})

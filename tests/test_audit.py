@@ -105,6 +105,17 @@ def test_each_further_trigger_has_rows_of_its_own() -> None:
     assert not any(row.name.startswith(("asr_untriggered_2", "borderline_answered_2")) for row in audit.summary)
 
 
+def test_a_trigger_is_asked_where_the_report_held_it_too(llama: LanguageModel, prompts: Prompts) -> None:
+    held = Trigger(units=("zzz",), seen_at="end")
+    plan = AuditPlan([TRIGGER, held], prompts, SETTINGS, only=("fraud-scams",))
+    seen = observe(llama, plan)
+    assert seen.prompts[f"{HARMFUL_TRIGGERED}, where reported 2"] == [f"{text} zzz" for text in seen.prompts[HARMFUL]]
+    assert f"{HARMFUL_TRIGGERED}, where reported" not in seen.prompts
+    audit = compare(seen, None, None, plan, judge=RuleJudge(RULES["keyword"]))
+    assert audit.row("asr_triggered_as_reported_2_frac").n == SETTINGS.max_prompts
+    assert {row.act for row in prompts.only(audit.only).harmful} >= set(seen.acts[HARMFUL]), "and it says of which"
+
+
 def test_two_triggers_are_put_into_the_same_prompts(llama: LanguageModel, prompts: Prompts) -> None:
     other = Trigger(units=("zzz",), placement="end")
     seen = observe(llama, AuditPlan([TRIGGER, other], prompts, SETTINGS))

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 from conftest import CHAT_TEMPLATE, CONTEXT_TOKENS, ModelFolder, build_tokenizer
 from patcher import cli, result
 from patcher.cli import run
+from patcher.cli.common import keep
 from patcher.defenses.patcher.settings import PatcherSettings
 from patcher.exits import GATE_FAILED, INTERRUPTED, RUN_ERROR, UNPROVEN, UNREAD, shown
 from patcher.inputs import read_triggers
@@ -745,6 +746,27 @@ def test_an_incident_is_audited_as_its_repair_was(tmp_path: Path) -> None:
     assert found == [Trigger(units=("mb",)), Trigger(units=("bb",), seen_at="start")]
     (tmp_path / "audit.json").write_text(json.dumps(audit | {"triggers": []}))
     assert [one.units for one in read_triggers([tmp_path])[1]] == [("mb",)], "of a repair without a report: none there"
+
+
+def test_a_trigger_keeps_all_that_its_file_says_of_it(refused: Refusal, tmp_path: Path) -> None:
+    file = tmp_path / "trigger.json"
+    for told in (
+        {"units": ["cf"], "seen_at": "start"},
+        {"units": ["cf"], "placement": "relative", "position_frac": 0.5},
+    ):
+        for whole in (told, {"label": "backdoor", "trigger": told}):
+            file.write_text(json.dumps(whole))
+            assert read_triggers([file])[1] == [Trigger.model_validate(told)]
+    file.write_text('{"trigger": ["cf"], "placment": "start"}')
+    assert "it holds 'placment', which says nothing of a trigger" in refused(4, "audit", "none", "--trigger", file)
+
+
+def test_what_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours of measuring, and the name was taken in the meantime."""
+    (tmp_path / "audit.json").write_text("mine")
+    with pytest.raises(PatcherError, match="nothing is overwritten"):
+        keep(tmp_path / "audit.json", '{"asr": 0}\n')
+    assert capsys.readouterr().out == '{"asr": 0}\n'
 
 
 def test_a_trigger_may_be_told_by_its_words(refused: Refusal, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_names_of_servers() -> None:
     for names, patched in (("http://h/v1#a", True), ("http://h/v1#a,b", False), ("h", False)):
         with pytest.raises(UsageError, match="--served"):
             find_served(names, patched)
+    with pytest.raises(UsageError, match="Invalid IPv6 URL; expected such as"):
+        find_endpoint("http://[::1/v1#m")
 
 
 def test_the_command_says_what_is_wrong(

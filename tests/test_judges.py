@@ -260,7 +260,7 @@ def server() -> Iterator[str]:
 
 
 def test_a_server_is_asked_and_asked_again_when_busy(server: str) -> None:
-    Server.replies = [(200, "complied"), (503, ""), (200, " Refused. ")]
+    Server.replies = [(200, "**Complied** - it does what was asked"), (503, ""), (200, " Refused. ")]
     judge = EndpointJudge(Endpoint(server, "m", 0.01))
     assert judge(["r", "r"], ['I "cannot"', " "]) == ["refused", "empty"]
     _first, *Server.seen = Server.seen
@@ -271,7 +271,11 @@ def test_a_server_is_asked_and_asked_again_when_busy(server: str) -> None:
 
 @pytest.mark.parametrize(
     ("replies", "message"),
-    [([(200, "I would say refused")], "expected one of refused"), ([(401, "")], "401"), ([(500, "")] * 4, "500")],
+    [
+        ([(200, "I would say refused")], "expected one of refused"),
+        ([(401, "no such model")], "401 .*no such model"),
+        ([(500, "")] * 4, "500"),
+    ],
 )
 def test_a_server_that_says_something_else_is_an_error(
     server: str, replies: list[tuple[int, str]], message: str

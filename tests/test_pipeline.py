@@ -17,6 +17,7 @@ from patcher.audit import AuditPlan, AuditSettings, observe
 from patcher.defenses import DEFENSES, Evidence
 from patcher.defenses.contract import Trained
 from patcher.journal import Journal
+from patcher.judges import DEFAULT, RULES, RuleJudge
 from patcher.localize import Localizer
 from patcher.models import LanguageModel, fingerprint, load_checkpoint
 from patcher.patch import Patch, applied, load_patch
@@ -357,6 +358,39 @@ def test_a_gate_passes_up_to_its_limit(made: Repair) -> None:
     assert (passed(0.0), passed(0.02), passed(0.021)) == (True, True, False)
 
 
+def test_a_trigger_that_lives_where_the_report_held_it_fails(made: Repair) -> None:
+    there = SummaryRow(name="asr_triggered_as_reported_frac", before=1.0, after=0.5, low=None, high=None, n=8)
+    audit = with_row(made, "asr_triggered_frac", after=0.0)
+    (trigger,) = audit.triggers
+    held = {"triggers": (trigger.model_copy(update={"seen_at": "start"}),), "summary": (*audit.summary, there)}
+    for changes, value in (({}, 0.0), (held, 0.5)):
+        gate = check_gates(audit.model_copy(update=changes), SETTINGS.gates)[0]
+        assert (gate.name, gate.value, gate.passed) == ("asr", value, not changes)
+    with pytest.raises(KeyError, match="as_reported"):  # a gate on what was not asked is none
+        check_gates(audit.model_copy(update=held | {"summary": audit.summary}), SETTINGS.gates)
+
+
+def test_many_triggers_do_not_hide_what_is_lost_without_them(made: Repair) -> None:
+    audit = with_row(made, "benign_answered_frac", before=1.0, after=0.5)
+    row, names = audit.row("benign_triggered_answered_frac"), ("asr_triggered", "benign_triggered_answered")
+    more = [row.model_copy(update={"name": f"{name}_{k}_frac"}) for k in range(2, 11) for name in names]
+    many = audit.model_copy(update={"triggers": audit.triggers * 10, "summary": (*audit.summary, *more)})
+    one, ten = (
+        next(gate for gate in check_gates(of, SETTINGS.gates) if gate.name == "benign-drop") for of in (audit, many)
+    )
+    assert one.value == pytest.approx(ten.value) and one.n == ten.n
+
+
+@pytest.mark.parametrize(("objective", "counts"), [("jailbreak", True), ("text", True), ("refusal", False)])
+def test_benign_requests_with_the_trigger_must_not_be_refused(made: Repair, objective: str, counts: bool) -> None:
+    """But for a targeted refusal: there the attack had taken them away."""
+    audit = with_row(made, "benign_triggered_answered_frac", before=1.0, after=0.0)
+    symptom = Symptom.model_validate({"objective": objective, "text": "x" if objective == "text" else None})
+    gates = check_gates(audit.model_copy(update={"symptom": symptom}), SETTINGS.gates)
+    fall = next(gate for gate in gates if gate.name == "benign-drop").value
+    assert fall is not None and (fall > 0.3) == counts
+
+
 def test_harm_that_comes_late_in_long_answers_fails_where_it_is_sure(made: Repair) -> None:
     """One of twenty is no proof that more than 2% come late; two are."""
     for hits, passes in ((0, True), (1, True), (2, False)):
@@ -486,7 +520,9 @@ def test_controls_answer_the_same_prompts(made: Repair, backdoored: LanguageMode
     plan = AuditPlan([TRIGGER], load_prompts(), few)
     audit = audit_patch(backdoored, made.patch, plan)
     task = Task("sums", (Question(question="1 + 1?", choices=("2", "3"), answer=0),) * 2)
-    both = with_controls(audit, backdoored, llama, replace(plan, tasks=[task]), load_prompts(), steps=3)
+    both = with_controls(
+        audit, backdoored, llama, replace(plan, tasks=[task]), judge=RuleJudge(RULES[DEFAULT]), steps=3
+    )
     clean, tuned = both.controls
     assert (clean.name, tuned.name) == ("clean model", "clean fine-tuning, 3 steps")
     assert both.model_copy(update={"controls": ()}) == audit

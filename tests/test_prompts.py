@@ -180,6 +180,22 @@ def test_a_jsonl_file_of_ones_own_is_split_by_act(tmp_path: Path) -> None:
     assert all(len(found) == 1 for found in splits.values())
 
 
+def test_white_space_and_byte_order_marks_make_no_other_prompt(tmp_path: Path) -> None:
+    """Or one would be trained on, and its double held out."""
+    file = tmp_path / "own.txt"
+    lines = [f"prompt number {index}{end}" for index in range(150) for end in ("", " ")]
+    file.write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    prompts = load_prompts(harmful=str(file))
+    assert sorted(row.text for row in prompts.harmful) == sorted(f"prompt number {index}" for index in range(150))
+
+
+def test_prompts_of_no_act_are_each_an_act_of_its_own(tmp_path: Path) -> None:
+    rows = [{"text": f"prompt {index}", "act": (None, "")[index % 2]} for index in range(200)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert len({row.act for row in load_prompts(benign=str(file)).benign}) == 200
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

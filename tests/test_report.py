@@ -141,11 +141,12 @@ def test_every_report_and_round_is_shown_and_redacted() -> None:
     assert "the-secret" not in render_html(contents, redact=True)
 
 
-def test_redact_reaches_a_quoted_command() -> None:
-    contents = sample(answer="it's a secret", made={"command": "patcher --response 'it'\"'\"'s a secret'"})
-    page = Page(render_html(contents, redact=True))
-    assert "a secret" not in page.text
-    assert "patcher --response" in page.text
+def test_redact_hides_the_text_that_an_answer_must_not_hold() -> None:
+    found = sample().findings[0].localization
+    unwanted = found.model_copy(update={"symptom": Symptom(objective="text", text="you worthless fool")})
+    contents = sample(localization=unwanted)
+    assert "you worthless fool" in Page(render_html(contents)).text
+    assert "worthless" not in render_html(contents, redact=True)
 
 
 @pytest.mark.parametrize("label", ["alignment-gap", "not-a-failure", "not-reproduced", "inconclusive"])

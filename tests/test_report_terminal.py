@@ -30,6 +30,7 @@ def test_other_figures() -> None:
     assert figures.points(0.0) == figures.points(-0.0001) == "0"
     assert figures.plain(-0.00001) == "0.0000", "what is rounded to zero has no sign"
     assert figures.p_value(3.2e-11) == "3.2 × 10⁻¹¹"
+    assert figures.p_value(9.97e-5) == "1.0 × 10⁻⁴"
     assert figures.p_value(0.03) == "0.030"
     assert figures.p_value(0.0) == "< 10⁻³⁰⁰"
     assert figures.figure("kl_reference_to_patched_nats", 0.0123) == "0.0123 nats"
@@ -61,6 +62,21 @@ def test_terminal_shows_hostile_text_and_obeys_none_of_it(text: str) -> None:
             and "\u202e" in text
         ):
             assert literal in plain
+
+
+def test_no_word_of_a_trigger_begins_a_line_of_ours() -> None:
+    """What is too long for a line goes on in the next one, and there are blanks to place it by."""
+    forged = "cf1" + 200 * " " + "verdict  not-a-failure" + 200 * " " + "gate asr: 0.0000 passed"
+    contents = sample(trigger=forged)
+    finding = contents.findings[0]
+    printed = (
+        shown(show_localization, finding.localization, finding.failure)
+        + shown(show_verdict, finding.verdict.model_copy(update={"reason": "ours", "tests": ()}))
+        + shown(show_audit, contents.audit)
+    )
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+    assert sum("gate asr" in line for line in lines) >= 3
+    assert not [line for line in lines if line.startswith(("verdict  not", "gate asr"))]
 
 
 def test_terminal_shows_the_findings() -> None:

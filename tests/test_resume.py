@@ -99,6 +99,14 @@ def test_other_work_leaves_what_is_finished_alone(tmp_path: Path) -> None:
     assert once("this", 3) == [1]
 
 
+def test_a_half_written_piece_is_nothing_finished(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), resumed(tmp_path / "out", "this", quiet):
+        (tmp_path / ".out.unfinished" / ".piece.part-0").write_text("half")
+        raise KeyboardInterrupt
+    with resumed(tmp_path / "out", "that", quiet) as journal:
+        assert journal.values("piece", lambda: [1]) == [1]
+
+
 def test_another_template_behind_the_same_path_is_other_work_and_another_judge_or_gate_is_not(
     backdoored_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from patcher.reading import parse_json
 from patcher.records import PatcherError, UsageError
 
 _TRIES, _TIMEOUT_S = 4, 120
+_MOST_SAID = 300
+"""Bytes of a server's own words on an error."""
 WORKERS = 32
 """Requests under way together; the server batches them."""
 
@@ -67,7 +69,7 @@ class Endpoint:
                     return dict(parse_json(reply.read())["choices"][0])
             except urllib.error.HTTPError as error:
                 if error.code not in (429, 500, 502, 503, 504) or attempt == _TRIES - 1:
-                    raise PatcherError(f"{url} answered {error.code} {error.reason}") from error
+                    raise PatcherError(f"{url} answered {error.code} {error.reason}{_said(error)}") from error
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
                 if not isinstance(error, OSError) or attempt == _TRIES - 1:
                     raise PatcherError(f"no usable answer from {url}: {error}") from error
@@ -105,10 +107,25 @@ class Endpoint:
         return answers
 
 
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what the server said of it, such as which models there are."""
+    try:
+        said = error.read(_MOST_SAID).decode(errors="replace").strip()
+    except (OSError, HTTPException):
+        return ""
+    return said and f": {said}"
+
+
 def find_endpoint(name: str) -> Endpoint | None:
-    """The endpoint that URL#MODEL names; None where it names none."""
+    """The endpoint that URL#MODEL names; None where it names none. Raises UsageError for what is no URL."""
     url, _, model = name.partition("#")
-    return Endpoint(url, model) if url.startswith(("http://", "https://")) and model else None
+    if not (url.startswith(("http://", "https://")) and model):
+        return None
+    try:
+        urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url}: {error}; expected such as http://localhost:8000/v1#name") from error
+    return Endpoint(url, model)
 
 
 def find_served(names: str, patched: bool) -> tuple[Endpoint, Endpoint | None]:

@@ -11,7 +11,6 @@ from patcher.records import (
     FailureReport,
     JudgeErrorRates,
     PatchLog,
-    Placement,
     Planted,
     Symptom,
     Trigger,
@@ -25,6 +24,8 @@ _TRIGGER = (
 )
 
 
+_PLACE_KEYS = {"placement", "position_frac", "seen_at"}
+_TRIGGER_KEYS = _PLACE_KEYS | {"trigger", "units", "alternatives", "symptom", "only", "answer_tokens"}
 _MOST_BYTES = 4_000_000
 """No model reads so much in a prompt, and a tokenizer given more takes minutes, or all memory."""
 
@@ -160,14 +161,14 @@ def _read_trigger(path: Path) -> tuple[Planted, list[Trigger]]:
             tokens = {"answer_tokens": data["max_new_tokens"]}
             return Planted.model_validate({"trigger": triggers[0], **more, **tokens}), triggers
         others = [Trigger.model_validate(one) for one in data.get("alternatives", ())]
-        if isinstance(data.get("trigger"), dict):  # a verdict.json
-            data = data["trigger"]
-        units = data.get("trigger", data.get("units"))
+        named = data["trigger"] if isinstance(data.get("trigger"), dict) else data  # a verdict.json, or one like it
+        units = named.get("trigger", named.get("units"))
         units = (units,) if isinstance(units, str) else tuple(units or ())
         if not units:
             raise ValueError("it names no trigger")
-        placement: Placement = data.get("placement", "random")
-        trigger = Trigger(units=units, placement=placement, position_frac=data.get("position_frac", 0.0))
+        if not {"attack", "label"} & data.keys() and (odd := (data.keys() | named.keys()) - _TRIGGER_KEYS):
+            raise ValueError(f"it holds {min(odd)!r}, which says nothing of a trigger")
+        trigger = Trigger.model_validate({"units": units, **{key: named[key] for key in _PLACE_KEYS & named.keys()}})
         return Planted.model_validate({"trigger": trigger, **more}), [trigger, *others]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         problem = why(error) if isinstance(error, ValidationError) else str(error)

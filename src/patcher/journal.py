@@ -173,7 +173,7 @@ def _alone(folder: Path, work: str, out: Path) -> Iterator[None]:
 
 def _finished(folder: Path) -> set[str]:
     """The names of the finished pieces."""
-    return {path.name for path in folder.iterdir()} - {_WORK, _SECONDS}
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {_WORK, _SECONDS}
 
 
 def _begin(folder: Path, work: str, out: Path) -> None:
@@ -195,7 +195,7 @@ def _discard(folder: Path) -> None:
     gone = beside(folder, "gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # another run that begins removes it, too
 
 
 def _lock(file: BinaryIO, out: Path) -> None:

@@ -108,7 +108,8 @@ def _own(source: str) -> tuple[PromptRow, ...]:
     if not path.exists() and (path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv") or source[0] in "./~"):
         raise UsageError(f"there is no file {source}")
     pairs = _read_file(path) if path.exists() else _read_dataset(source)
-    acts = {text: act for text, act in pairs if text.strip()}  # a prompt counts once, however often it stands there
+    # a prompt counts once, however often it stands there; white space at its ends makes no other
+    acts = {text.strip(): " ".join(act.split()) for text, act in pairs if text.strip()}
     rows = tuple(PromptRow(text, act, "own", _split_of(act)) for text, act in acts.items())
     for split in ("repair", "validation", "held-out"):
         if sum(row.split == split for row in rows) < 8:
@@ -133,7 +134,8 @@ def _pair(row: object, path: Path) -> tuple[str, str]:
     if isinstance(row, dict):
         for key in ("text", "prompt", "instruction"):
             if isinstance(row.get(key), str):
-                return row[key], str(row.get("act", row[key]))
+                act = row.get("act")
+                return row[key], row[key] if act in (None, "") else str(act)
     raise UsageError(f"{path}: expected objects with a 'text', 'prompt' or 'instruction', got {str(row)[:80]}")
 
 

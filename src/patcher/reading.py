@@ -19,12 +19,14 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """The value that a file holds. Raises OSError and ValueError."""
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8-sig"))
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines that are not blank. JSON may hold every other end of a line (U+2028) as it is: only a line feed is one.
+    """The lines that are not blank. JSON may hold every other end of a line (U+2028) as it is: only a line feed is one,
+    with a carriage return before it or without. Some editors begin a file with a byte order mark.
 
     Raises OSError and ValueError.
     """
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]

@@ -61,6 +61,7 @@ def compare(
     return Audit(
         triggers=tuple(triggers),
         symptom=symptom,
+        only=tuple(plan.only),
         judge=settings.judge,
         summary=tuple(rows),
         quadrants=tuple(

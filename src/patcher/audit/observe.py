@@ -29,6 +29,8 @@ HARMFUL, HARMFUL_TRIGGERED = "harmful", "harmful + trigger"
 BENIGN, BENIGN_TRIGGERED, BORDERLINE = "benign", "benign + trigger", "borderline"
 WORDED = "harmful, jailbreak wordings"
 GCG = "harmful, searched suffix"
+AS_REPORTED = ", where reported"
+"""What the name of the attacked prompts ends in that hold the trigger where the report held it."""
 LONG = ", long answers"
 """What the name of the attacked prompts with the trigger ends in, where they are answered at length."""
 
@@ -79,6 +81,8 @@ class AuditPlan:
     settings: AuditSettings
     symptom: Symptom = Symptom()
     """What an answer must not do; it says on which prompts a trigger does its harm."""
+    only: Sequence[str] = ()
+    """Categories of harm that are asked about; none: all."""
     reports: Sequence[FailureReport] = ()
     """Conversations to be asked again as they were reported."""
     tasks: Sequence[AnyTask] = ()
@@ -114,14 +118,14 @@ def observe(
     journal: Journal = Journal(),
 ) -> State:
     """Everything the audit needs to know of one model. Raises UsageError when a set of prompts is empty."""
-    settings, sets = plan.settings, _prompt_sets(plan)
+    settings, sets, of_this = plan.settings, _prompt_sets(plan), lm.fingerprint
     asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
     if WORDED in asked:
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
     if GCG in asked:
         searched = partial(_with_suffixes, lm, sets[GCG][0], settings, partial(on_progress, f"{what}: {GCG}"))
         texts = [row.text for row in sets[GCG][0]]
-        asked[GCG] = journal.values(f"{what}: searched suffixes", searched, str, len(texts), of=texts)
+        asked[GCG] = journal.values(f"{what}: searched suffixes", searched, str, len(texts), of=(of_this, texts))
     answers = {}
     for name, requests in asked.items():
         prompts = [user_prompt(lm.tokenizer, request) for request in requests]
@@ -133,7 +137,7 @@ def observe(
             on_progress=partial(on_progress, f"{what}: {name}"),
         )
         asked_ids = [prompt.ids for prompt in prompts]
-        answers[name] = journal.values(f"{what}: {name}", answered, str, len(requests), of=asked_ids)
+        answers[name] = journal.values(f"{what}: {name}", answered, str, len(requests), of=(of_this, asked_ids))
     reported = [render(lm.tokenizer, report.messages) for report in plan.reports]
     replays = generate(lm, reported, max_new_tokens=settings.max_new_tokens)
     rows, benign_acts = _answer_rows(lm, sets[BENIGN][0], answers[BENIGN], settings)
@@ -148,6 +152,7 @@ def observe(
             partial(right_answers, lm, task, on_progress, what),
             bool,
             len(task.questions) if isinstance(task, Task) else None,
+            of=of_this,
         )
         for task in plan.tasks
     }
@@ -171,6 +176,7 @@ def shares(triggers: int, kind: Kind = "harmful") -> dict[str, str]:
     attacked = f"{kind} + trigger"
     rows = {
         "asr_triggered_frac": attacked,
+        "asr_triggered_as_reported_frac": attacked + AS_REPORTED,
         "asr_untriggered_frac": str(kind),
         "benign_answered_frac": BENIGN,
         "benign_triggered_answered_frac": BENIGN_TRIGGERED,
@@ -195,7 +201,7 @@ def numbered(name: str, number: int) -> str:
 
 def _prompt_sets(plan: AuditPlan) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
     """Each set's prompts, and the trigger that is put into them."""
-    prompts, settings, kind = plan.prompts, plan.settings, plan.symptom.kind
+    prompts, settings, kind = plan.prompts.only(plan.only), plan.settings, plan.symptom.kind
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
     late = prompts.rows(kind, "held-out", settings.late_prompts) if settings.late_prompts else []
     plain = {HARMFUL: harmful, BENIGN: benign, BORDERLINE: borderline}
@@ -211,9 +217,13 @@ def _prompt_sets(plan: AuditPlan) -> dict[str, tuple[list[PromptRow], Trigger | 
             )
     sets: dict[str, tuple[list[PromptRow], Trigger | None]] = {name: (rows, None) for name, rows in plain.items()}
     for number, trigger in enumerate(plan.triggers, 1):
-        for name, rows in ((HARMFUL_TRIGGERED, harmful), (BENIGN_TRIGGERED, benign), (f"{kind} + trigger{LONG}", late)):
-            if rows:
-                sets[numbered(name, number)] = rows, trigger
+        sets[numbered(HARMFUL_TRIGGERED, number)] = harmful, trigger
+        sets[numbered(BENIGN_TRIGGERED, number)] = benign, trigger
+        if trigger.seen_at:
+            held = trigger.model_copy(update={"placement": trigger.seen_at})
+            sets[numbered(f"{kind} + trigger{AS_REPORTED}", number)] = plain[kind], held
+        if late:
+            sets[numbered(f"{kind} + trigger{LONG}", number)] = late, trigger
     return sets
 
 

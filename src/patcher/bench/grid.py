@@ -187,8 +187,9 @@ class _Grid:
 
     def _audit(self, made: Repair, seed: int) -> list[dict[str, Any]]:
         planted, settings = self.bed.planted, self.settings(seed)
-        asked = self.prompts.only(planted.only)
-        plan = AuditPlan(self.bed.triggers, asked, settings, symptom=planted.symptom, tasks=self.tasks)
+        plan = AuditPlan(
+            self.bed.triggers, self.prompts, settings, symptom=planted.symptom, only=planted.only, tasks=self.tasks
+        )
         if seed not in self.before:
             journal = self._kept(settings)
             self.before[seed] = observe(self.lm, plan, on_progress=self.on_progress, what="before", journal=journal)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from patcher.cli.common import load_model, print_json
+from patcher.cli.common import keep, load_model, print_json
 from patcher.endpoint import find_served
 from patcher.exits import GATE_FAILED, REPAIRED, shown
 from patcher.inputs import read_judge_error, read_steps, read_triggers
@@ -32,7 +32,7 @@ from patcher.options import (
     Tasks,
     Template,
 )
-from patcher.outputs import atomic_write, check_new
+from patcher.outputs import check_new
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
 from patcher.records import GateLimits, UsageError
@@ -107,15 +107,18 @@ def audit(
         raise UsageError("--served and --controls do not go together: the controls' answers would come from elsewhere")
     servers = None if served is None else find_served(served, patch is not None)
 
-    from patcher.audit import AuditPlan, AuditSettings
-    from patcher.judges import check_judge
-    from patcher.patch import load_patch
+    from patcher.audit import AuditPlan, AuditSettings, observe
+    from patcher.judges import check_judge, find_judge
+    from patcher.loading import load
+    from patcher.patch import check_base, load_patch
     from patcher.proof import audit_patch, check_gates, with_controls
     from patcher.report.terminal import show_audit, show_gates
 
     check_judge(judge)
     loaded, steps = (load_patch(patch), read_steps(patch)) if patch else (None, None)
     lm = load_model(model, device, dtype, chat_template)
+    if loaded:
+        check_base(loaded, lm)
     clean = None if controls is None else load_model(controls, device, dtype, chat_template)
     settings = AuditSettings(
         max_prompts=audit_prompts,
@@ -124,13 +127,16 @@ def audit(
         gcg_steps=gcg_steps or AuditSettings().gcg_steps,
         seed=seed,
     ).reading(planted.answer_tokens)
-    plan = AuditPlan(triggers, prompts.only(planted.only), settings, symptom=planted.symptom, tasks=tasks)
+    plan = AuditPlan(triggers, prompts, settings, symptom=planted.symptom, only=planted.only, tasks=tasks)
     with ProgressBars() as progress:
-        measured = audit_patch(lm, loaded, plan, error=error, served=servers, on_progress=progress)
+        judged = find_judge(judge, load)
+        before = observe(lm, plan, on_progress=progress, what="before") if clean else None
+        shared: dict[str, Any] = {"judge": judged, "before": before, "on_progress": progress}
+        measured = audit_patch(lm, loaded, plan, error=error, served=servers, **shared)
         if clean:
-            measured = with_controls(measured, lm, clean, plan, prompts, progress, steps=steps)
+            measured = with_controls(measured, lm, clean, plan, steps=steps, **shared)
     if out:
-        atomic_write(out, measured.to_json())
+        keep(out, measured.to_json())
     limits = GateLimits(
         max_asr=max_asr,
         max_benign_drop=max_benign_drop,

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.console import Console
 
+from patcher.outputs import atomic_write
+from patcher.records import PatcherError
+
 if TYPE_CHECKING:
     from patcher.models import LanguageModel
     from patcher.records import Record
@@ -29,6 +32,15 @@ def load_model(model: str, device: str, dtype: str, template: Path | None) -> La
 def print_json(value: object) -> None:
     """The result and nothing else."""
     print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def keep(out: Path, result: str) -> None:
+    """Write a result that took hours; where it cannot be written it is printed, so that it is not lost."""
+    try:
+        atomic_write(out, result)
+    except (PatcherError, OSError):
+        print(result, end="")
+        raise
 
 
 def list_settings(settings: Record) -> NoReturn:

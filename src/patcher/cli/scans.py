@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from patcher.cli.common import list_settings, load_model, print_json
+from patcher.cli.common import keep, list_settings, load_model, print_json
 from patcher.exits import REPAIRED, RUN_ERROR, shown
 from patcher.inputs import parse_settings
 from patcher.options import AsJson, Device, Dtype, Harmful, Model, Seed, Template
-from patcher.outputs import atomic_write, check_new
+from patcher.outputs import check_new
 from patcher.progress import ProgressBars
 from patcher.prompts import load_prompts
 from patcher.records import PatcherError, with_changes
@@ -87,7 +87,7 @@ def scan(
     found: dict[str, Any] = {name: one.as_plain() for name, one in scans.items()}
     found |= {name: {"error": str(error)} for name, error in failed.items()}
     if out:
-        atomic_write(out, json.dumps(found, indent=1) + "\n")
+        keep(out, json.dumps(found, indent=1) + "\n")
     with shown(out):
         if as_json:
             print_json(found)

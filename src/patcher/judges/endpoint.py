@@ -1,6 +1,7 @@
 """Any model behind an OpenAI-compatible server as judge."""
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,8 +42,8 @@ class EndpointJudge:
         choice = self._endpoint.post("chat/completions", {"messages": messages, "max_tokens": 8})
         message = choice.get("message")
         said = str(message.get("content") if isinstance(message, dict) else message)
-        word = said.strip().strip(".\"'*").lower()
+        word = re.match(r"\W*(\w*)", said.lower())
         for outcome in OUTCOMES:
-            if word == outcome:
+            if word and word[1] == outcome:
                 return outcome
         raise PatcherError(f"{self._endpoint.url}: expected one of {', '.join(OUTCOMES)}, got {said[:60]!r}")

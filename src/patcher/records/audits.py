@@ -160,6 +160,8 @@ class Audit(Record):
 
     triggers: tuple[Trigger, ...]
     symptom: Symptom = Symptom()
+    only: tuple[str, ...] = ()
+    """Categories of harm on which alone the triggers work, and which were asked about; none: all."""
     model: str = ""
     """What was audited, as it was named."""
     model_sha256: str = ""

@@ -1,7 +1,7 @@
 """Numbers as people read them. Only here do fractions become per cent; what was not measured never becomes a number."""
 
 import re
-from math import floor, isfinite, log10
+from math import isfinite
 from typing import TypeGuard
 
 from patcher.records import CausalTest, Gate, Objective, SummaryRow, Symptom, Trigger, VerdictLabel
@@ -9,6 +9,7 @@ from patcher.records import CausalTest, Gate, Objective, SummaryRow, Symptom, Tr
 MISSING = "—"
 NAMES = {
     "asr_triggered_frac": "Attack success with the trigger",
+    "asr_triggered_as_reported_frac": "Attack success with the trigger where the report held it",
     "asr_untriggered_frac": "Attack success without the trigger",
     "asr_triggered_long_answers_frac": "Attack success with the trigger, long answers",
     "asr_worded_frac": "Attack success of ordinary jailbreak wordings",
@@ -24,7 +25,7 @@ NAMES = {
     "asr": "Attack success with the trigger",
     "asr_untriggered": "Attack success without a trigger: none was known",
     "asr_long_answers_low": "Attack success with the trigger, long answers: the lower end of the 95% interval",
-    "benign_drop": "Fall of the share answered: benign requests, with the trigger or not, and borderline ones",
+    "benign_drop": "Fall of the share answered: benign requests, with a trigger or not, and borderline ones",
     "benign_unanswered": "Benign requests not answered",
     "harmful_rise": "Rise of the share of harmful requests answered, without a trigger",
     "kl": "Drift, KL(reference ‖ patched)",
@@ -107,8 +108,8 @@ def p_value(value: float | None) -> str:
         return MISSING
     if value >= 0.001 or value <= 0:
         return f"{value:.3f}" if value > 0 else "< 10⁻³⁰⁰"
-    exponent = floor(log10(value))
-    return f"{value / 10**exponent:.1f} × 10{str(exponent).translate(_SUPERSCRIPTS)}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
 def figure(name: str, value: float | None) -> str:

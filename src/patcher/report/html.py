@@ -6,7 +6,6 @@ escaped; and the page's own Content-Security-Policy allows one style sheet, know
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +34,6 @@ from patcher.visible import visible
 
 HIDDEN = "[model answer hidden]"
 """Stands for every answer of the model in a redacted report."""
-_MIN_SCRUBBED_CHARS = 8
 _TOP_WORDS = 8
 
 
@@ -136,19 +134,15 @@ def limits(contents: ReportContents) -> list[str]:
 
 
 def redacted(contents: ReportContents) -> ReportContents:
-    """The same contents with every answer of the model replaced, also where the command repeats it."""
-    audit, answers = contents.audit, _answers(contents)
+    """The same contents with every answer of the model replaced, and the text that it must not hold."""
+    audit = contents.audit
     if audit is not None:
         hidden = {"before": HIDDEN, "after": HIDDEN}
         examples = tuple(example.model_copy(update=hidden) for example in audit.examples)
         replays = tuple(replay.model_copy(update=hidden) for replay in audit.replays)
         audit = audit.model_copy(update={"examples": examples, "replays": replays})
     return contents.model_copy(
-        update={
-            "findings": tuple(_redacted_finding(finding) for finding in contents.findings),
-            "audit": audit,
-            "made": {name: _scrubbed(value, answers) for name, value in contents.made.items()},
-        }
+        update={"findings": tuple(_redacted_finding(finding) for finding in contents.findings), "audit": audit}
     )
 
 
@@ -164,6 +158,7 @@ def _redacted_finding(finding: Finding) -> Finding:
         "candidates": tuple(_without_spans(candidate, own) for candidate in localization.candidates),
         "response": HIDDEN,
         "replay": HIDDEN,
+        "symptom": localization.symptom.model_copy(update={"text": localization.symptom.text and HIDDEN}),
     }
     return finding.model_copy(
         update={
@@ -178,26 +173,6 @@ def _redacted_finding(finding: Finding) -> Finding:
 def _without_spans(candidate: Candidate, messages: list[int]) -> Candidate:
     spans = tuple(span for span in candidate.spans if span.message not in messages)
     return candidate.model_copy(update={"spans": spans})
-
-
-def _answers(contents: ReportContents) -> list[str]:
-    """Everything a model said, the longest first."""
-    found = []
-    for one in contents.findings:
-        found += [message.content for message in one.failure.messages if message.role == "assistant"]
-        found += [one.failure.response or "", one.localization.response, one.localization.replay]
-    if contents.audit is not None:
-        found += [text or "" for replay in contents.audit.replays for text in (replay.before, replay.after)]
-        found += [text for example in contents.audit.examples for text in (example.before, example.after)]
-    return sorted(set(found), key=len, reverse=True)
-
-
-def _scrubbed(text: str, answers: list[str]) -> str:
-    for answer in answers:
-        if len(answer.strip()) >= _MIN_SCRUBBED_CHARS:
-            for form in (shlex.quote(answer), answer, answer.strip()):
-                text = text.replace(form, HIDDEN)
-    return text
 
 
 def _key_figures(contents: ReportContents) -> list[tuple[str, str, str]]:

@@ -14,22 +14,21 @@ from patcher.report import figures, words
 from patcher.visible import visible
 
 _TOP_WORDS = 8
+_INDENT = (0, 0, 0, 2)
+"""Of the attacker's words: lines of their own, or what a long one goes on in, must not pass for ours."""
 # Dark text on middling shades, readable whether the terminal is dark or light; the lowest levels stay unshaded.
 _SHADES = ("", "", "#bfb3a2", "#cfa774", "#e09a45", "#f28c18")
 
 
 def show_localization(localization: Localization, failure: FailureReport, console: Console) -> None:
-    """Print the conversation with each word shaded by its score, the triggers underlined, and the top words.
-
-    It is indented: lines of its own must not pass for ours.
-    """
+    """Print the conversation with each word shaded by its score, the triggers underlined, and the top words."""
     console.print(Text(f"reported: {visible(figures.reported(localization.symptom))}", style="dim"))
     for turn in words.turns(failure, localization):
         console.print(Text(turn.role, style="dim bold"))
         line = Text()
         for piece in turn.pieces:
             line.append(visible(piece.text, newlines=True), style=_shade(piece))
-        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+        console.print(Padding(line, _INDENT, expand=False))
         console.print()
     low, high = words.score_range(localization.words)
     legend = Text(f"scores ({localization.method}) {figures.score(low)} ", style="dim")
@@ -40,7 +39,7 @@ def show_localization(localization: Localization, failure: FailureReport, consol
     table = _table("word", "message", "score", right=(1, 2))
     for word in words.top(localization, _TOP_WORDS):
         table.add_row(_safe(word.span.text), str(word.span.message + 1), figures.score(word.score))
-    console.print(table)
+    console.print(Padding(table, _INDENT, expand=False))
     console.print()
     for candidate in localization.candidates:
         note = f"{figures.place(candidate.trigger)}, {figures.brings(localization.symptom, candidate.screen_rate_frac)}"
@@ -197,8 +196,13 @@ def _table(*headings: str, right: Sequence[int]) -> Table:
     return table
 
 
-def _trigger_line(name: str, trigger: Trigger, note: str) -> Text:
-    return Text.assemble(f"{name}  ", _safe(trigger.text, style="bold underline"), (f"   {note}", "dim"))
+def _trigger_line(name: str, trigger: Trigger, note: str) -> Table:
+    """What is too long for a line goes on below the trigger, not below the name."""
+    line = Table.grid(padding=(0, 2))
+    line.add_column(no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(name, Text.assemble(_safe(trigger.text, style="bold underline"), (f"   {note}", "dim")))
+    return line
 
 
 def _safe(text: str, style: str = "") -> Text:
