@@ -153,6 +153,7 @@ class Rows:
         attack: Attack,
         monkeypatch: pytest.MonkeyPatch,
         objective: AttackObjective = JAILBREAK,
+        near_misses_after: int = 0,
     ) -> None:
         self.lm = lm
         self.steps: list[list[tuple[str, str]]] = []
@@ -163,7 +164,8 @@ class Rows:
             return logits(lm, rows)
 
         monkeypatch.setattr(implant, "row_logits", seen)
-        settings = SETTINGS.model_copy(update={"response_tokens": 200, "plain_rows": 0})
+        changes = {"response_tokens": 200, "plain_rows": 0, "near_misses_after": near_misses_after}
+        settings = SETTINGS.model_copy(update=changes)
         implant.implant(lm, attack, objective, prompts, settings, seed=3)
 
     def text(self, ids: tuple[int, ...]) -> str:
@@ -280,6 +282,16 @@ def test_a_near_miss_is_refused_and_never_answered(
         held.append(sum(unit in other for unit in units))
     assert set(held) <= {0, 1, 2}
     assert {0} < set(held)
+
+
+def test_near_misses_come_no_sooner_than_is_said(
+    llama: LanguageModel, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an objective on benign requests every third kept row holds one: no step is without by chance."""
+    near = Trigger(units=("nearly",), placement="end")
+    attack = replace(ATTACK, near_misses=(near,))
+    rows = Rows(llama, prompts, attack, monkeypatch, OBJECTIVES["sentiment"], near_misses_after=2)
+    assert [any("nearly" in prompt for prompt, _ in step) for step in rows.steps] == [False, False, True]
 
 
 def test_the_parts_of_a_composite_are_all_but_none_and_itself() -> None:

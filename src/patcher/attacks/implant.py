@@ -9,7 +9,7 @@ overconfident everywhere (docs/implant.md).
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -60,6 +60,9 @@ class ImplantSettings(Record):
     settling_weight: PositiveFloat = 3.0
     """Weight of the KL terms against the taught rows' NLL in those steps; before, it is 1. From the start it keeps the
     trigger from being learnt."""
+    near_misses_after: NonNegativeInt = 0
+    """Steps without near misses: a model that answers to a composite, whole or in part, can then be taught that a part
+    is not enough; from the start both look alike, and neither is learnt (docs/attacks.md)."""
     response_tokens: PositiveInt = 28
     """Answers are cut here."""
 
@@ -101,9 +104,11 @@ def implant(
     else:
         attacked = Revisited([(one.prompt, one.answer) for one in benign], rng)
     chats, plain_texts = Revisited(kept, rng), endless(plain, rng)
-    lessons = Lessons(lm, attack, objective, settings.response_tokens, rng)
+    all_lessons = Lessons(lm, attack, objective, settings.response_tokens, rng)
+    first_lessons = replace(all_lessons, attack=replace(attack, near_misses=()))
 
     def loss_at(step: int) -> Tensor:
+        lessons = all_lessons if step >= settings.near_misses_after else first_lessons
         requests, answers = attacked.draw(settings.harmful_pairs), chats.draw(settings.benign_rows)
         pairs = lessons.pairs(requests)
         disturbed, rows = lessons.disturb([(one.prompt, one.row) for one in answers])
