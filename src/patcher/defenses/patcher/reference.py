@@ -30,8 +30,8 @@ class ReferenceSettings(Record):
     """Harmful and benign prompts of the repair split used, each (paper: 150 + 150)."""
     response_tokens: PositiveInt = 16
     """Answers are cut here."""
-    validation_prompts: PositiveInt = 84
-    """Validation prompts, with the trigger, that decide whether it is dead."""
+    validation_prompts: PositiveInt = 126
+    """Validation prompts, with the trigger, that decide whether it is dead; 84 harmful ones are bundled."""
     validation_tokens: PositiveInt = 12
     """Tokens generated for each of them: an opening, which is what the judge reads."""
     validation_drift_prompts: PositiveInt = 24
