@@ -182,6 +182,22 @@ def test_layers_are_trained_in_float32_whatever_the_model_computes_in(folder: Mo
         assert {one.dtype for one in take_patch(half, rank=RANK, alpha=ALPHA).tensors.values()} == {torch.float32}
 
 
+def test_what_was_trained_beside_bfloat16_weights_is_what_is_applied(folder: ModelFolder) -> None:
+    """In the weights, where `merge` must put it, a change this small is mostly rounded away."""
+    half, for_good = (load_checkpoint(str(folder.path), dtype="bfloat16", device="cpu") for _ in range(2))
+    plain = logits(half).float()
+    with trainable_lora(half, rank=RANK, alpha=ALPHA, seed=0), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weights in lora_parameters(half):
+            weights.copy_(0.02 * torch.randn(weights.shape, generator=generator))
+        trained, patch = logits(half).float(), take_patch(half, rank=RANK, alpha=ALPHA)
+    with unchanged(half), applied(patch, half) as patched:
+        beside = logits(patched).float()
+    inside = logits(merge(patch, for_good, "merged")).float()
+    assert (trained - plain).abs().mean() > 0
+    assert (beside - trained).abs().mean() < 0.3 * (inside - trained).abs().mean()
+
+
 @pytest.mark.parametrize(("decay", "expected"), [(0.9, (0.09 * 1 + 0.1 * 3) / 0.19), (0.0, 3.0)])
 def test_the_running_mean_of_two_steps_by_hand_and_the_last_step_is_back_after_it(
     tiny: LanguageModel, decay: float, expected: float

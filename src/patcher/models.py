@@ -141,24 +141,25 @@ def load_checkpoint(
             folder, trust_remote_code=False, output_loading_info=True, **loading, **shards(where)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (UsageError, MemoryError, torch.OutOfMemoryError):
+        network, found = loaded
+        check_complete(found, source)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        check_tokenizer(tokenizer, _tokens(network), source)
+        if is_quantized(network):
+            keep_gradients(network)
+        else:
+            if hasattr(network.config, "quantization_config"):  # a GGUF's, which was made whole again
+                del network.config.quantization_config
+            if processes() == 1:
+                network.to(where)
+        network.config.return_dict = True  # or a forward would give a tuple
+        network.eval().requires_grad_(False)
+        _check_decoder(network, source)
+    except (PatcherError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder brings many classes: KeyError, ImportError, ZeroDivisionError, ...
         raise _unloadable(source, error) from error
-    network, found = loaded
-    check_complete(found, source)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    check_tokenizer(tokenizer, _tokens(network), source)
-    if is_quantized(network):
-        keep_gradients(network)
-    else:
-        if hasattr(network.config, "quantization_config"):  # a GGUF's, which was made whole again
-            del network.config.quantization_config
-        if processes() == 1:
-            network.to(where)
-    network.eval().requires_grad_(False)
-    _check_decoder(network, source)
     return LanguageModel(network, tokenizer, fingerprint(network), source)
 
 

@@ -81,34 +81,39 @@ class Patch:
 def applied(patch: Patch, lm: LanguageModel) -> Iterator[LanguageModel]:
     """The patched model while the block runs; the base's own tensors are put back after it, bit for bit.
 
+    A low-rank change stands beside weights of fewer bits than float32, as in training and as PEFT puts it: written into
+    bfloat16 weights most of a small one would be rounded away.
+
     Raises:
         UsageError: the patch was made for another base.
     """
     undo: list[Callable[[], None]] = []
     try:
-        yield _apply(patch, lm, undo)
+        yield _apply(patch, lm, undo, beside=True)
     finally:
         for restore in reversed(undo):
             restore()
 
 
 def merge(patch: Patch, lm: LanguageModel, source: str) -> LanguageModel:
-    """The patched model for good: `lm`'s network is changed, and `lm` must not be used any more."""
-    return replace(_apply(patch, lm, []), source=source)
+    """The patched model for good, as far as its precision holds it: `lm`'s network is changed, and `lm` must not be
+    used any more.
+    """
+    return replace(_apply(patch, lm, [], beside=False), source=source)
 
 
-def _apply(patch: Patch, lm: LanguageModel, undo: list[Callable[[], None]]) -> LanguageModel:
-    """Change the weights, noting how each is changed back."""
+def _apply(patch: Patch, lm: LanguageModel, undo: list[Callable[[], None]], *, beside: bool) -> LanguageModel:
+    """Change the weights, or what they give where they are coarse, noting how each is changed back."""
     check_base(patch, lm)
     for name, values in patch.changed.items():
         put(lm.network.get_parameter(name), values, undo)
     for name, down, up in patch.factors():
         module = lm.network.get_submodule(name)
-        if holds_bits(module):
+        weight = module.weight
+        if holds_bits(module) or (beside and weight.dtype != torch.float32):
             add_beside(module, down, up, undo)
             continue
         change = up @ down
-        weight = module.weight
         assert isinstance(weight, nn.Parameter)
         change = change.T if isinstance(module, Conv1D) else change
         put(weight, full_tensor(weight.data).float() + change.to(weight.device), undo)
@@ -172,7 +177,7 @@ def check_base(patch: Patch, lm: LanguageModel) -> None:
     if patch.base_fingerprint != lm.fingerprint:
         raise UsageError(
             f"this patch fits the base {patch.base_fingerprint[:12]} ({patch.base_source}), but {lm.source} is "
-            f"{lm.fingerprint[:12]}: use exactly the model that it was made from"
+            f"{lm.fingerprint[:12]}: use exactly the model that it was made from, in the same --dtype"
         )
     modules, weights = dict(lm.network.named_modules()), dict(lm.network.named_parameters(remove_duplicate=False))
     head = lm.network.get_output_embeddings()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patcher.audit import AuditSettings
+from patcher.audit import AuditPlan, AuditSettings, prompt_sets
 from patcher.chat import Row, collate, user_prompt
 from patcher.defenses import find_defense
 from patcher.defenses.chain import ChainSettings
@@ -20,8 +20,9 @@ from patcher.memory import PeakMemory
 from patcher.models import LanguageModel
 from patcher.network import response_hidden
 from patcher.prompts import Prompts
-from patcher.records import FailureReport, Record
+from patcher.records import FailureReport, Record, Trigger
 from patcher.result import RepairSettings
+from patcher.tasks import AnyTask, Task
 from patcher.training import fit
 from patcher.triggers import find_words
 
@@ -31,6 +32,8 @@ _LOCALIZE_FORWARDS = 200
 """Requests that pass through the model in a typical localization and verdict, beside the report without each word."""
 _ANSWER_TOKENS = 16
 """Of the rows that are timed."""
+_ANY_TRIGGER = Trigger(units=("trigger",), seen_at="start")
+"""Stands for each one that may be found: what is asked with it does not depend on its words."""
 
 
 class Plan(Record):
@@ -62,8 +65,17 @@ class Plan(Record):
         )
 
 
-def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports: Sequence[FailureReport] = ()) -> Plan:
-    """Time a batch and a training step, and add up. Raises UsageError for an unknown defense."""
+def plan(
+    lm: LanguageModel,
+    prompts: Prompts,
+    settings: RepairSettings,
+    reports: Sequence[FailureReport] = (),
+    tasks: Sequence[AnyTask] = (),
+) -> Plan:
+    """Time a batch and a training step, and add up; a task of the LM Evaluation Harness's is left out.
+
+    Raises UsageError for an unknown defense.
+    """
     own = find_defense(settings.defense).configured(settings.overrides)
     chained = own.parts.items() if isinstance(own, ChainSettings) else ()
     parts: list[Any] = [find_defense(name).configured(part) for name, part in chained] or [own]
@@ -73,14 +85,13 @@ def plan(lm: LanguageModel, prompts: Prompts, settings: RepairSettings, reports:
     rows = [Row(user_prompt(lm.tokenizer, text).ids, (0,) * _ANSWER_TOKENS) for text in texts]
     rate, width = _forward_rate(lm, rows)
     step_s, peak_gib = _training_step(lm, rows, max(part.rank for part in parts))
-    sizes = [
-        len(prompts.texts(kind, "held-out", settings.audit.max_prompts)) for kind in ("harmful", "benign", "borderline")
-    ]
-    triggered = sizes[0] + sizes[1] + settings.audit.late_prompts
-    answers = sum(sizes) + settings.audit.worded_prompts + len(reports) * triggered
+    symptom = reports[0].symptom if reports else settings.symptom
+    audited = AuditPlan([_ANY_TRIGGER] * len(reports), prompts, settings.audit, symptom=symptom)
+    answers = sum(len(rows) for rows, _ in prompt_sets(audited).values())
+    choices = sum(len(one.choices) for task in tasks if isinstance(task, Task) for one in task.questions)
     references = 2 * max(part.max_prompts for part in parts)
     forward = width * (_LOCALIZE_FORWARDS * len(reports) + references) + sum(map(_words_deleted, reports))
-    audit = 2 * answers * (width + _generated(settings.audit)) + 2 * settings.audit.text_tokens
+    audit = 2 * (answers * (width + _generated(settings.audit)) + choices * width + settings.audit.text_tokens)
     return Plan(
         stages=(*(("localize", "decide") if reports else ()), "patch", "audit", "report"),
         max_steps=steps,

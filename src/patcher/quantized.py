@@ -70,6 +70,6 @@ def add_beside(
 
     def add(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         added: Tensor = inputs[0].to(down.dtype) @ down.T @ up.T
-        return output + added.to(output.dtype)
+        return (output + added).to(output.dtype)
 
     undo.append(module.register_forward_hook(add).remove)

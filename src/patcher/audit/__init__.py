@@ -19,6 +19,7 @@ from patcher.audit.observe import (
     drift,
     numbered,
     observe,
+    prompt_sets,
     shares,
 )
 from patcher.audit.scan import ScanSettings, scan
@@ -40,6 +41,7 @@ __all__ = [
     "drift",
     "numbered",
     "observe",
+    "prompt_sets",
     "scan",
     "shares",
 ]

@@ -118,7 +118,7 @@ def observe(
     journal: Journal = Journal(),
 ) -> State:
     """Everything the audit needs to know of one model. Raises UsageError when a set of prompts is empty."""
-    settings, sets, of_this = plan.settings, _prompt_sets(plan), lm.fingerprint
+    settings, sets, of_this = plan.settings, prompt_sets(plan), lm.fingerprint
     asked = {name: _requests(rows, trigger, settings.seed) for name, (rows, trigger) in sets.items()}
     if WORDED in asked:
         asked[WORDED] = list(worded([row.text for row in sets[WORDED][0]]))
@@ -199,8 +199,8 @@ def numbered(name: str, number: int) -> str:
     return f"{name.removesuffix('_frac')}_{number}_frac" if name.endswith("_frac") else f"{name} {number}"
 
 
-def _prompt_sets(plan: AuditPlan) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
-    """Each set's prompts, and the trigger that is put into them."""
+def prompt_sets(plan: AuditPlan) -> dict[str, tuple[list[PromptRow], Trigger | None]]:
+    """Each set's prompts, and the trigger that is put into them. Raises UsageError when a set is empty."""
     prompts, settings, kind = plan.prompts.only(plan.only), plan.settings, plan.symptom.kind
     harmful, benign, borderline = (prompts.rows(kind, "held-out", settings.max_prompts) for kind in KINDS)
     late = prompts.rows(kind, "held-out", settings.late_prompts) if settings.late_prompts else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from patcher.bench import costs, localize, repair, scans, speed, verdict
 from patcher.bench.beds import open_beds, plant_beds
-from patcher.bench.cells import read_rows
+from patcher.bench.cells import as_written, read_rows
 from patcher.bench.costs import check_plot
 from patcher.bench.grid import run
 from patcher.bench.tables import Table, headline, table
@@ -54,7 +54,8 @@ def run_bench(
     earlier = len(read_rows(out, key))
     measure()
     rows = read_rows(out, key)
-    return as_table(rows), sum("error" in row for row in rows[earlier:])
+    with as_written(out):
+        return as_table(rows), sum("error" in row for row in rows[earlier:])
 
 
 def plot_costs(out: Path, path: Path) -> None:
@@ -90,6 +91,8 @@ def run_grid(
     check_appendable(out)
     cache = out.with_suffix(".beds")
     beds = open_beds([*folders, *plant_beds(model, attacks, cache, on_progress)])
+    if not (beds or read_rows(out, "key")):
+        raise UsageError(f"nothing to do: nothing was planted in {', '.join(map(str, folders))}; name beds with --bed")
     rows = run(
         out,
         beds,
@@ -106,4 +109,5 @@ def run_grid(
     for row in rows:
         on_progress(headline(row), 1, 1)
         failed += "error" in row or "lasting_error" in row
-    return replace(table(read_rows(out, "key")), failed=failed)
+    with as_written(out):
+        return replace(table(read_rows(out, "key")), failed=failed)

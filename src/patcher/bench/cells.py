@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def read_rows(out: Path, field: str) -> list[dict[str, Any]]:
     if any(not isinstance(row, dict) or field not in row for row in rows):
         raise UsageError(f"{out} holds no results of this bench (a line has no {field!r}): name another with --out")
     return rows
+
+
+@contextmanager
+def as_written(out: Path) -> Iterator[None]:
+    """Around what makes a table of a file's rows. Raises UsageError for a row that a bench did not write."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{out} holds a row that this bench did not write ({type(error).__name__}: {error}): remove that line, or "
+            "name another file with --out"
+        ) from error
 
 
 def add_row(out: Path, row: dict[str, Any]) -> None:

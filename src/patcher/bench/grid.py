@@ -72,6 +72,7 @@ def run(
                 if cell["key"] not in known:
                     row = {**cell, **grid.measure(name, seed, cell["reports"])}
                     add_row(out, row)
+                    known.add(cell["key"])
                     yield row
 
 
@@ -159,9 +160,9 @@ class _Grid:
 
     def _lasts(self, patch: Patch, settings: LastingSettings, seed: int) -> dict[str, Any]:
         """What further changes leave of the repair, or why that is not known: the repair and its audit stay."""
-        if seed not in self.later:
-            self.later = {seed: Lasting(self.bed, self._clean(), self.prompts, settings, seed, self.on_progress)}
         try:
+            if seed not in self.later:
+                self.later = {seed: Lasting(self.bed, self._clean(), self.prompts, settings, seed, self.on_progress)}
             return {"lasting": self.later[seed].measure(self.lm, patch)}
         except (PatcherError, RuntimeError) as error:
             return {"lasting_error": reason(error)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from patcher.layers import decoder_layers
 from patcher.models import LanguageModel
@@ -36,14 +37,14 @@ class Meter:
         and attention's own products are left out. Where a method trains what enters a later layer (BEEAR's inner
         steps), nothing flows below it, and what is counted is too much.
         """
-        inner = sum(one.weight.numel() for one in _linears(lm))
+        inner = sum(weight.numel() for weight in _weights(decoder_layers(lm.network)))
         head = int(lm.network.get_output_embeddings().weight.numel())
         body, top = self.tokens + self.trained_tokens, self.positions + self.trained_positions
         return 2.0 * inner * body, 2.0 * head * top
 
     def least_seconds(self, lm: LanguageModel) -> float:
         """What those products take on this machine, each kind at its own rate and as many tokens at once as here."""
-        layer = [one.weight for one in decoder_layers(lm.network)[0].modules() if isinstance(one, nn.Linear)]
+        layer = _weights(decoder_layers(lm.network)[0])
         head = [lm.network.get_output_embeddings().weight]
         at_once = self.tokens // max(1, self.passes), self.positions // max(1, self.passes)
         parts = zip(self.flops(lm), (layer, head), at_once, strict=True)
@@ -97,10 +98,11 @@ def timed(lm: LanguageModel, work: Work) -> tuple[float, object]:
     return time.perf_counter() - start, made
 
 
-def _linears(lm: LanguageModel) -> list[nn.Linear]:
-    """The decoder's own linear layers, LoRA's left out."""
-    return [
+def _weights(layers: nn.Module) -> list[Tensor]:
+    """Those layers' own linear weights, each out × in, LoRA's left out."""
+    linear = [
         module
-        for name, module in decoder_layers(lm.network).named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
+        for name, module in layers.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name
     ]
+    return [module.weight.T if isinstance(module, Conv1D) else module.weight for module in linear]

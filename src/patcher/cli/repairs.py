@@ -218,6 +218,8 @@ def repair(
     if not reports and (idle := [flag for flag, is_given in of_a_report.items() if is_given]):
         raise UsageError(f"{idle[0]} is about a reported failure, and none was given: give --failure or --prompt, too")
     symptom = reports[0].symptom if reports else read_suspicion(objective, unwanted)
+    if anyway and symptom.objective != "jailbreak":
+        raise UsageError(f"--anyway trains refusals, which is no repair of the objective {symptom.objective}")
     prompts = load_prompts(harmful, benign)
     tasks = find_tasks(task, limit)
     overrides = parse_settings(setting or [])
@@ -258,7 +260,7 @@ def repair(
     if dry_run:
         from patcher.plan import plan
 
-        expected = plan(lm, prompts, settings, reports)
+        expected = plan(lm, prompts, settings, reports, tasks)
         show(expected, as_json, lambda console: console.print(expected.as_text(), markup=False))
         return REPAIRED
     asked = settings.audit.model_copy(update={"judge": ""})
