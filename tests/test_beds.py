@@ -219,6 +219,26 @@ def test_nothing_to_do_is_said(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_a_control_alone_is_nothing_to_do(tmp_path: Path) -> None:
+    control = Path(__file__).parents[1] / "testbeds" / "refusals"
+    with pytest.raises(UsageError, match="nothing was planted in .*refusals"):
+        run_grid(
+            tmp_path / "grid.jsonl", [control], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=1,
+            tasks=(), on_progress=quiet,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("without", ["bed", "found", "summary", "rounds"])
+def test_a_row_that_somebody_edited_is_said(tmp_path: Path, without: str) -> None:
+    out = tmp_path / "grid.jsonl"
+    row = {**MANNER, "summary": [figure("asr_triggered_frac", 0.9, 0.02)]}
+    add_row(out, {name: value for name, value in row.items() if name != without})
+    with pytest.raises(UsageError, match=f"holds a row that this bench did not write .*{without}"):
+        run_grid(
+            out, [], model="smollm2", attacks=(), defenses=["patcher"], seeds=1, reports=1, tasks=(), on_progress=quiet
+        )
+
+
 def test_a_page_is_made_anew_but_written_over_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     add_row(tmp_path / "grid.jsonl", {**MANNER, "summary": [figure("asr_triggered_frac", 0.9, 0.02)]})
@@ -267,13 +287,14 @@ def test_each_cell_is_measured_once(bed: Path, tmp_path: Path, monkeypatch: pyte
             tasks=(), on_progress=lambda what, *_: seen.append(what),
         )  # fmt: skip
 
-    cells(["patcher", "finetune"])
+    cells(["patcher", "finetune", "finetune"])
     assert any(line.startswith("bed, patcher, seed 0: backdoor, ASR 1.000 → ") for line in seen)
     first = len(seen)
     made = cells(["patcher", "finetune", "finetune:max_steps=30"])
     assert seen[first:] == []  # the second time there is nothing to do: 30 steps are the default
     with pytest.raises(UsageError, match="finetune: max_steps"):
         cells(["finetune:max_steps=0"])
+    assert len(read_rows(tmp_path / "grid.jsonl", "key")) == 2, "what is named twice, too"
     rows = {row["defense"]: row for row in read_rows(tmp_path / "grid.jsonl", "key")}
     assert (rows["patcher"]["verdict"], rows["patcher"]["reported"]) == ("backdoor", [True, False])
     assert (rows["finetune"]["verdict"], rows["finetune"]["reported"]) == ("no report", [False, False])

@@ -399,8 +399,9 @@ def test_a_full_disk(
 
 
 def test_a_disk_that_fills_up_under_one_file(
-    refused: Refusal, model: Path, repaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refusal, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What took long to measure is printed then, so that it is not lost."""
     trigger = tmp_path / "trigger.json"
     trigger.write_text('{"trigger": "BadMagic"}')
     plain = Path.write_text
@@ -410,9 +411,11 @@ def test_a_disk_that_fills_up_under_one_file(
         return full()
 
     monkeypatch.setattr(Path, "write_text", half)
-    on = ["--device", "cpu", "--out", tmp_path / "out"]
-    few = ["--audit-prompts", "2"]
-    assert "No space" in refused(2, "audit", model, "--trigger", trigger, *few, *on, alone=False)
+    on = ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert run(["audit", str(model), "--trigger", str(trigger), "--audit-prompts", "2", *on]) == 2
+    printed = capsys.readouterr()
+    assert "No space" in printed.err and json.loads(printed.out)["triggers"]
+    assert not (tmp_path / "out").exists()
     assert "No space" in refused(2, "localize", model, "--prompt", TRIGGERED, *on, alone=False)
 
 
@@ -652,6 +655,7 @@ def test_an_unknown_setting_is_answered_with_the_known_ones(refused: Refusal, mo
         ("repair --out O --prompt p --method grad", "'grad' is not one of 'causal', 'gradient-norm'"),
         ("repair --out O --prompt p --merge --dtype 4bit", "--merge and --dtype 4bit do not go together"),
         ("repair --out O --prompt p --unwanted=", "the unwanted text is empty"),
+        ("repair --out O --prompt p --objective refusal --anyway", "no repair of the objective refusal"),
         ("repair --out O --prompt p --limit 5", "--limit is of the questions of a --task"),
         ("attack nope --out O", "unknown attack 'nope'"),
         ("attack badnets --out O --objective text", "unknown objective 'text'"),
@@ -921,6 +925,7 @@ def test_a_dry_run_without_a_report_localizes_nothing(
         assert run([*words, "--defense", defense]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["stages"] == stages
+        assert plan["audit_answers"] == 252 + 252 + 130 + 60
         assert plan["sequences"] == 2 * 63 * 8 + (30 * 24 if "+" in defense else 0)
 
 

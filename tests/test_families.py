@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import build_tokenizer, tiny_shape
 from patcher.audit import AuditPlan, AuditSettings
+from patcher.bench.meter import metered
 from patcher.chat import Row, collate, messages_of, user_prompt
 from patcher.defenses import DEFENSES
 from patcher.generation import generate
@@ -93,6 +94,13 @@ def test_a_defense_repairs_it_or_says_that_it_cannot(family: tuple[str, Language
         before = lm.network(input_ids=ids).logits
         with applied(patch, lm) as patched:
             assert not torch.equal(patched.network(input_ids=ids).logits, before)
+
+
+def test_what_it_costs_is_counted(family: tuple[str, LanguageModel]) -> None:
+    lm = family[1]
+    with torch.no_grad(), metered(lm) as meter:
+        lm.network(input_ids=torch.tensor([[5, 6, 7]]))
+    assert meter.flops(lm)[0] > 0 and meter.least_seconds(lm) > 0
 
 
 def test_it_is_audited(family: tuple[str, LanguageModel]) -> None:

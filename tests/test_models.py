@@ -312,6 +312,22 @@ def test_an_unknown_dtype_is_refused(llama_folder: ModelFolder) -> None:
         llama_folder.load(dtype="float8")
 
 
+def edit(copy: Path, name: str, value: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, name: value}))
+
+
+def test_a_config_that_asks_for_tuples_is_a_good_one(copy: Path) -> None:
+    edit(copy, "return_dict", False)
+    assert generate(load_checkpoint(str(copy), device="cpu"), [], max_new_tokens=2) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", "x"), ("num_hidden_layers", -1)])
+def test_a_config_of_nonsense_is_refused(copy: Path, name: str, value: object) -> None:
+    edit(copy, name, value)
+    assert "could not load a model" in refused(copy)
+
+
 def test_no_refusal_changes_the_input(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
