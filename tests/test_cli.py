@@ -944,7 +944,7 @@ def test_a_suspicion_that_says_too_little_is_refused(refused: Refusal, model: Pa
     assert "needs one" in refused(4, *words, "--objective", "text")
     assert "--prompt" in refused(4, *words, "--response", "Sure")
     for idle in (["--anyway"], ["--probes", "40"], ["--method", "gradient-norm"]):
-        assert f"{idle[0]} is about a reported failure" in refused(4, *words, *idle)
+        assert f"{idle[0].strip('-')} is about a reported failure" in refused(4, *words, *idle)
 
 
 def test_an_implant_that_does_not_take_leaves_nothing(

@@ -182,7 +182,8 @@ def check_settings(settings: RepairSettings, reports: Sequence[FailureReport]) -
     """The settings' defense and its own settings: before a model is loaded, whose minutes a slip of the pen would cost.
 
     Raises:
-        UsageError: unknown defense, judge or setting, or no report where the defense needs one.
+        UsageError: unknown defense, judge or setting, no report where the defense or a setting needs one, or `anyway`
+            where refusals are no repair.
     """
     check_judge(settings.audit.judge)
     defense = find_defense(settings.defense)
@@ -191,6 +192,13 @@ def check_settings(settings: RepairSettings, reports: Sequence[FailureReport]) -
             f"no failure was reported, and {defense.name} needs the trigger in one: give at least one report, or take "
             f"one of {', '.join(one.name for one in DEFENSES.values() if not one.needs_trigger)}"
         )
+    of_a_report = {"method": settings.method != "causal", "probes": settings.probes is not None}
+    of_a_report["anyway"] = settings.anyway
+    if not reports and (idle := [name for name, is_given in of_a_report.items() if is_given]):
+        raise UsageError(f"{idle[0]} is about a reported failure, and none was given: give at least one report, too")
+    symptom = reports[0].symptom if reports else settings.symptom
+    if settings.anyway and symptom.objective != "jailbreak":
+        raise UsageError(f"anyway trains refusals, which is no repair of the objective {symptom.objective}")
     return defense, defense.configured(settings.overrides)
 
 

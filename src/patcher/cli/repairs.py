@@ -214,12 +214,7 @@ def repair(
     """Localize, decide, patch and audit: reported failures in, a patch and the evidence out."""
     told = failure or any(flag is not None for flag in (prompt, response, system)) or defense == _DEFAULT_DEFENSE
     reports = read_failures(failure, prompt, response, system, objective, unwanted) if told else ()
-    of_a_report = {"--method": method != "causal", "--probes": probes is not None, "--anyway": anyway}
-    if not reports and (idle := [flag for flag, is_given in of_a_report.items() if is_given]):
-        raise UsageError(f"{idle[0]} is about a reported failure, and none was given: give --failure or --prompt, too")
     symptom = reports[0].symptom if reports else read_suspicion(objective, unwanted)
-    if anyway and symptom.objective != "jailbreak":
-        raise UsageError(f"--anyway trains refusals, which is no repair of the objective {symptom.objective}")
     prompts = load_prompts(harmful, benign)
     tasks = find_tasks(task, limit)
     overrides = parse_settings(setting or [])
