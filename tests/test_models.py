@@ -220,6 +220,19 @@ def test_a_file_that_lacks_a_tensor_is_refused(copy: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" in refused(copy)
 
 
+def test_a_file_with_more_layers_than_its_config_says_is_refused(copy: Path) -> None:
+    """Transformers would leave them out and go on."""
+    edit_config(copy, num_hidden_layers=1)
+    assert "(model.layers.1." in refused(copy)
+
+
+def test_a_file_with_a_tensor_of_another_kind_is_loaded(copy: Path) -> None:
+    """A value head, say, which training with rewards leaves behind."""
+    more = {"v_head.summary.weight": torch.zeros(1, 32)}
+    save_file(load_file(copy / WEIGHTS) | more, copy / WEIGHTS, metadata={"format": "pt"})
+    assert "v_head.summary.weight" not in load_checkpoint(str(copy)).network.state_dict()
+
+
 def test_a_tensor_of_another_shape_is_refused(copy: Path) -> None:
     edit_config(copy, intermediate_size=48)
     assert str(copy) in refused(copy)

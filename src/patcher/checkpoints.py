@@ -1,5 +1,7 @@
 """What may be opened: no pickle, no code of the model's own, no damaged file, nothing but a causal language model."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +139,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: int, source: str
         raise UsageError(f"the tokenizer of {source} names no token that ends a text (eos_token): give it one")
 
 
-def check_complete(found: dict[str, Any], source: str) -> None:
-    """Refuse a checkpoint that lacks tensors, by what loading it reported. Raises UsageError."""
+def check_complete(found: dict[str, Any], names: Iterable[str], source: str) -> None:
+    """Refuse a checkpoint that lacks some of the model's tensors (`names`), or holds more layers than its config says,
+    by what loading it reported. Raises UsageError.
+    """
     if missing := sorted(found["missing_keys"]):
         raise UsageError(
             f"{source} lacks {len(missing)} of the model's tensors ({missing[0]}, ...), which would be filled "
             "with random numbers: fetch it again"
         )
+    kinds = {_numberless(name) for name in names}
+    if left := sorted(name for name in found["unexpected_keys"] if _numberless(name) in kinds):
+        raise UsageError(
+            f"{source} holds {len(left)} tensors that its config.json leaves no room for ({left[0]}, ...): expected as "
+            "many layers as it says; put its number right, or fetch the model again"
+        )
+
+
+def _numberless(name: str) -> str:
+    """A tensor's name without the number of its layer or expert."""
+    return re.sub(r"\.\d+\.", ".N.", name)

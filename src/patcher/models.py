@@ -142,7 +142,7 @@ def load_checkpoint(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         network, found = loaded
-        check_complete(found, source)
+        check_complete(found, network.state_dict(), source)
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         check_tokenizer(tokenizer, _tokens(network), source)
