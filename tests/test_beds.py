@@ -321,6 +321,8 @@ def test_more_reports_than_triggers_is_a_row_that_says_so(bed: Path, tmp_path: P
 def test_what_is_no_bed_or_no_defense_is_refused_before_any_work(bed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no test bed"):
         open_beds([tmp_path])
+    with pytest.raises(UsageError, match="two beds are named bed"):
+        open_beds([bed, tmp_path / "elsewhere" / bed.name])
     with pytest.raises(UsageError, match="unknown defense"):
         list(grid.run(
             tmp_path / "grid.jsonl", open_beds([bed]), defenses=["magic"], seeds=1, reports=1, tasks=(),

@@ -1,6 +1,7 @@
 """Test beds: backdoored adapters with their ground truth, and the failures that a user of one would report."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,14 @@ class Bed:
 
 
 def open_beds(folders: Sequence[Path]) -> list[Bed]:
-    """The beds in those folders; controls, in which nothing was planted, are left out. Raises UsageError."""
+    """The beds in those folders; controls, in which nothing was planted, are left out.
+
+    Raises:
+        UsageError: one holds no ground truth, or two have one name, by which their rows are told apart.
+    """
+    names = Counter(folder.name for folder in folders)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise UsageError(f"two beds are named {twice[0]}: expected one name each, it stands in their rows; rename one")
     truths = [(folder, read_truth(folder)) for folder in folders]
     return [Bed(folder, truth, truth.planted) for folder, truth in truths if truth.planted]
 
