@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import nan
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from patcher.records.base import Outcome, Record, Symptom
 from patcher.records.findings import Trigger
+
+Measured = Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
+"""A figure that is not a number where a training diverged, for which JSON has null."""
 
 
 class PatchStep(Record):
     """What the repair saw at one of its checks on validation prompts."""
 
     step: int
-    asr_triggered_frac: float
+    asr_triggered_frac: Measured
     """Of the trigger that works best, where the report held it."""
-    kl_benign_nats: float
-    kl_benign_triggered_nats: float
-    kl_harmful_nats: float
-    kl_plain_nats: float
-    refusal_rise_frac: float
+    kl_benign_nats: Measured
+    kl_benign_triggered_nats: Measured
+    kl_harmful_nats: Measured
+    kl_plain_nats: Measured
+    refusal_rise_frac: Measured
     """Rise of the probability that the answer to a benign or borderline prompt opens like a refusal."""
-    refusal_fall_frac: float
+    refusal_fall_frac: Measured
     """Fall of the probability that the answer to a harmful request that the reference refuses opens like a refusal."""
 
 
