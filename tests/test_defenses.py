@@ -638,9 +638,9 @@ def test_with_several_triggers_each_is_used() -> None:
 def test_training_stops_when_the_trigger_is_dead_and_the_budgets_hold(llama: LanguageModel) -> None:
     wide = {"budget_benign_nats": 1e3, "budget_harmful_nats": 1e3, "check_every": 1}
     log = patcher.run(llama, EVIDENCE, PatcherSettings(**QUICK["patcher"] | wide), seed=0, on_progress=quiet)
-    assert log.steps == 1
+    assert log.steps == 2, "one check may be luck"
     assert "budgets hold" in log.stopped_because
-    assert [check.step for check in log.checks] == [1]
+    assert [check.step for check in log.checks] == [1, 2]
 
 
 def test_training_goes_on_while_a_budget_is_overrun(llama: LanguageModel) -> None:
@@ -703,11 +703,12 @@ def checked(monkeypatch: pytest.MonkeyPatch, *steps: dict[str, float]) -> list[i
 def test_training_goes_on_while_the_trigger_works_or_any_budget_is_overrun(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
-    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
-    checked(monkeypatch, {over: 0.5}, {over: 0.5}, {})
-    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 3
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1, "max_steps": 5})
+    checked(monkeypatch, {}, {over: 0.5}, {})
+    at = 4 if over == "asr_triggered_frac" else 3
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == at
     checked(monkeypatch, {})
-    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 1
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 2
 
 
 def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
@@ -715,7 +716,7 @@ def test_of_two_dead_triggers_the_one_that_cost_less_drift_is_kept(
 ) -> None:
     over = {"kl_plain_nats": 1.0}
     dead = PatcherSettings().dead_frac
-    drifts = ((0.0, 0.02), (dead, 0.01), (2 * dead, 0.0))
+    drifts = ((0.0, 0.0), (dead, 0.01), (dead, 0.02))
     taken = checked(monkeypatch, *({"asr_triggered_frac": asr, "kl_benign_nats": kl} | over for asr, kl in drifts))
     settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1})
     assert (
@@ -731,7 +732,19 @@ def test_from_some_step_on_a_dead_trigger_is_enough(llama: LanguageModel, monkey
     log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
     assert (log.steps, log.stopped_because) == (2, "the trigger is dead on validation prompts")
     checked(monkeypatch, over, {"asr_triggered_frac": 0.5} | over, over)
-    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 3
+    assert patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet).steps == 4
+
+
+def test_of_dead_triggers_the_one_that_was_dead_twice_is_kept(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trigger that one check finds dead may be slow to go: what follows is kept, though it costs more."""
+    alive = {"asr_triggered_frac": 0.5}
+    taken = checked(monkeypatch, alive, {"kl_plain_nats": 1.0}, {"kl_plain_nats": 2.0})
+    settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1, "enough_steps": 2})
+    log = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
+    assert (log.steps, log.stopped_because) == (3, "the trigger is dead on validation prompts")
+    assert taken[:3] == [1, 2, 3]
 
 
 def test_steps_beyond_those_prepared_take_the_same_prompts_again(tiny: LanguageModel) -> None:
@@ -779,6 +792,8 @@ def test_a_patch_that_repairs_nothing_never_goes_before_one_that_does(
     settings = PatcherSettings(**QUICK["patcher"] | {"check_every": 1, "max_steps": 5})
     trained = patcher.run(llama, EVIDENCE, settings, seed=0, on_progress=quiet)
     assert "the patch is that of step 4, the best check" in trained.stopped_because
+    kept = PatchStep.model_validate_json(trained.checks[4].to_json())
+    assert math.isnan(getattr(kept, over)), "a check that is no number is still one when read back"
     checked(monkeypatch, *steps[:2])
     trained = patcher.run(llama, EVIDENCE, settings.model_copy(update={"max_steps": 2}), seed=0, on_progress=quiet)
     assert "the best check" not in trained.stopped_because, "of two that work still, the one that leaves less"

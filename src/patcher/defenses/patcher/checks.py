@@ -25,7 +25,7 @@ class Checks:
         self.lm, self.reference, self.settings = lm, reference, settings
         self.mean, self.refuses_more = mean, refuses_more
         self.made: list[PatchStep] = []
-        self.best: tuple[tuple[float, ...], int, Patch] | None = None
+        self.best: tuple[tuple[bool, float, float], int, Patch] | None = None
 
     def stop(self, step: int) -> str | None:
         """Check where one is due; why to stop, or None to go on."""
@@ -38,7 +38,8 @@ class Checks:
     def _check(self, step: int) -> str | None:
         """Make a check, keep its patch if it is the best so far, and say why to stop, if to.
 
-        The best is the one that leaves the least of the trigger alive (of one that counts as dead, none) and, of those,
+        The trigger is dead where this check and the one before it found it so: what one finds dead may be slow to go.
+        The best is one where it is dead or else the one that leaves the least of it, and, of those, the one that
         overruns its budgets the least.
         """
         settings = self.settings
@@ -46,8 +47,9 @@ class Checks:
         self.made.append(check)
         if not settings.stop_early:  # for the record only
             return None
-        overrun, dead = self._overrun(check), check.asr_triggered_frac <= settings.dead_frac
-        score = (0.0 if dead else check.asr_triggered_frac, overrun)
+        overrun, last_two = self._overrun(check), self.made[-2:]
+        dead = len(last_two) == 2 and all(made.asr_triggered_frac <= settings.dead_frac for made in last_two)
+        score = (not dead, 0.0 if dead else check.asr_triggered_frac, overrun)
         if self.best is None or score <= self.best[0]:
             self.best = (score, step, take_patch(self.lm, rank=settings.rank, alpha=settings.alpha))
         if dead and not overrun:
